@@ -1,0 +1,463 @@
+"""FlexRound: learnable rounding by element-wise division, and the methods it is measured against.
+
+Read beside section 3 of the paper: Lee, Kim, Kwon, Lee, "FlexRound: Learnable Rounding based on
+Element-wise Division for Post-Training Quantization", ICML 2023, arXiv:2306.00317v2.
+
+    round to nearest   W_hat = s1 * round(W / s1)
+    AdaRound           W_hat = s1 * (floor(W / s1) + h(V))       up or down, nothing else
+    AdaQuant           W_hat = s1 * round((W + V) / s1)          addition, s1 learned
+    FlexRound          W_hat = s1 * round(W / (s1 * S2 * s3 * s4))   division, all learned (Eqs. 1, 2)
+
+Each round() is followed by a clamp to the codes that b bits can hold.
+
+    symbol   shape: linear, W (C_out, C_in)   convolution, W (C_out, C_in, H, W)   starts at
+    s1       () or (C_out, 1)                 () or (C_out, 1, 1, 1)               argmin |W - W_hat|
+    S2       (C_out, C_in)                    (C_out, C_in, H, W)                  ones
+    s3       (C_out, 1)                       (C_out, 1, 1, 1)                     ones
+    s4       absent                           (1, C_in, 1, 1)                      ones
+
+C_in is W.shape[1]: a depthwise or grouped convolution needs no case of its own, it has few s4.
+With S2 = s3 = s4 = 1 FlexRound is round to nearest, and that is where training starts.
+
+    code     the integer that is stored: -2^(b-1)..2^(b-1)-1 (symmetric), 0..2^b-1 (asymmetric)
+    z        zero_point, the code of the weight 0; 0 on a symmetric grid; an integer, never learned
+    k        code - z, so W_hat = s1 * k
+    u        what is rounded, W / (s1 S2 s3 s4) for FlexRound
+    inside   1 where lo <= round(u) + z <= hi before clamping, 0 elsewhere
+
+How this differs from the paper, and why
+- Every factor is stored as its logarithm (log_s1, log_S2, ...) and used through exp, which keeps
+  it positive; the paper only asks for positive factors. The authors' code does the same.
+- Clamping, its gradient and zero_point are not in the paper. See Clamp and search_range.
+- s1 starts at the minimum of the L_p error of W_hat with p = 2.4 by default, not the paper's p = 2:
+  see search_range. The switch is p.
+
+What this file leaves out: activations, and learning the factors (reconstruct.py).
+"""
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+BITS = range(2, 9)
+
+
+# ---- The two steps that torch cannot differentiate the way we need -------------------------------
+
+class Round(torch.autograd.Function):
+    """Round to the nearest integer, ties to even; the gradient passes straight through.
+
+    round() is flat almost everywhere, so its true derivative, 0, would teach nothing. The
+    straight-through estimator pretends that it is the identity on the way back.
+    """
+
+    @staticmethod
+    def forward(ctx, u):
+        return u.round()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
+
+
+class Clamp(torch.autograd.Function):
+    """Clamp to [lo, hi]; the gradient passes where lo <= x <= hi, *the bounds included*.
+
+    At 2 to 4 bits several percent of the weights sit exactly on a bound, so what happens there
+    matters, and torch is about to change its own clamp: hence ours. x has been rounded, so a weight
+    counts as inside as long as it *rounds* to a code that exists, also from beyond it (u = hi + 0.4).
+    """
+
+    @staticmethod
+    def forward(ctx, x, lo, hi):
+        ctx.save_for_backward((x >= lo) & (x <= hi))
+        return x.clamp(lo, hi)
+
+    @staticmethod
+    def backward(ctx, grad):
+        inside, = ctx.saved_tensors
+        return grad * inside, None, None
+
+
+# ---- The grid: how s1 and zero_point start --------------------------------------------------------
+
+def code_range(bits: int, symmetric: bool) -> tuple[int, int]:
+    """Least and greatest code (lo, hi) of a uniform grid; 3 bits: (-4, 3) or (0, 7).
+
+    Raises ValueError for bits outside 2..8.
+    """
+    if isinstance(bits, bool) or not isinstance(bits, int) or bits not in BITS:
+        raise ValueError(f"bits = {bits!r}: an integer from {BITS[0]} to {BITS[-1]} is allowed")
+    return (-2 ** (bits - 1), 2 ** (bits - 1) - 1) if symmetric else (0, 2 ** bits - 1)
+
+
+@torch.no_grad()
+def search_range(W: Tensor, bits: int, symmetric: bool = True, per_channel: bool = False,
+                 p: float = 2.4) -> tuple[Tensor, Tensor]:
+    """Find the grid that minimises sum |W - W_hat|^p under round to nearest.
+
+    Starts at min-max, the smallest grid that clips nothing, and shrinks it: the best of 32 steps
+    of 10 %, then of 14 finer ones around that. Min-max is among the candidates and each is scored
+    by the very numbers that will be used, so the result is never worse than min-max in this
+    measure. A range always holds 0, so that zero_point is a code; on an asymmetric grid the two
+    ends shrink together, then each alone.
+
+    p = 2 is the paper's ||W - W_hat||^2; BRECQ and the authors' code take 2.4, which weighs the
+    clipped outliers more. Which is better was measured, see README; the default is 2.4.
+
+    Args:
+        W: (C_out, C_in) or (C_out, C_in, H, W), floating point.
+        per_channel: one grid for each of the C_out output channels instead of one for all of W.
+
+    Returns:
+        log_s1, in W's dtype, and zero_point, int32: both of shape () for one grid, and of shape
+        (C_out, 1) or (C_out, 1, 1, 1) for one a channel. All-zero weights get s1 = 1, log_s1 = 0.
+
+    Raises:
+        ValueError: bits outside 2..8, p not positive, W of another shape, or not finite.
+    """
+    lo, hi = code_range(bits, symmetric)
+    if not p > 0:
+        raise ValueError(f"p = {p!r}: a positive number is allowed")
+    if W.dim() not in (2, 4) or W.numel() == 0 or not W.is_floating_point():
+        raise ValueError(f"W has shape {tuple(W.shape)} and {W.dtype}: a floating-point weight of a "
+                         "linear layer (2-D) or of a 2-D convolution (4-D), not empty, is allowed")
+    if not torch.isfinite(W).all():
+        raise ValueError("W holds NaN or infinity: only finite weights can be quantized")
+
+    rows = W.detach().flatten(1) if per_channel else W.detach().reshape(1, -1)
+    rows = rows.float() if W.dtype in (torch.float16, torch.bfloat16) else rows
+
+    # 64 channels at a time: the temporaries then stay in the processor's cache (3 times faster).
+    found = [_search_rows(part, W.dtype, lo, hi, symmetric, p) for part in rows.split(64)]
+    log_s1, zero_point = (torch.cat(parts) for parts in zip(*found, strict=True))
+    shape = (len(W),) + (1,) * (W.dim() - 1) if per_channel else ()
+    return log_s1.reshape(shape), zero_point.reshape(shape)
+
+
+def _search_rows(rows: Tensor, dtype: torch.dtype, lo: int, hi: int, symmetric: bool, p: float):
+    """search_range for each row of (C, N) on its own; returns log_s1 and zero_point, (C, 1)."""
+    least = rows.amin(1, keepdim=True).clamp(max=0)                  # (C, 1): 0 is in the range
+    most = rows.amax(1, keepdim=True).clamp(min=0)                   # (C, 1)
+    best = torch.full_like(least, math.inf)
+    shrink_least = shrink_most = torch.ones_like(least)
+    log_s1 = torch.zeros_like(least)
+    zero_point = torch.zeros_like(least)
+    unit = torch.where(most > least, most - least, 1.0)              # keeps |error|^p in range
+
+    def score(least, most):
+        if symmetric:
+            s1 = torch.maximum(most / hi, least / lo)                # lo and least are negative
+        else:
+            s1 = (most - least) / (hi - lo)
+        s1 = torch.where(s1 > 0, s1, 1.0)                            # all zero: a finite logarithm
+        log_s1 = s1.log().to(dtype)
+        s1 = log_s1.exp().to(rows.dtype)                             # as it will be used
+        z = torch.zeros_like(s1) if symmetric else (-least / s1).round().clamp(lo, hi)
+        W_hat = (rows / s1).round_().clamp_(lo - z, hi - z).mul_(s1)
+        error = W_hat.sub_(rows).div_(unit).abs_().pow_(p).sum(1, keepdim=True)
+        return log_s1.to(rows.dtype), z, error
+
+    coarse = [0.9 ** i for i in range(32)]                           # down to 4 % of min-max
+    fine = [0.9 ** (i / 8) for i in range(-7, 8) if i]               # steps of 1.3 %
+    ends = [(True, True)] if symmetric else [(True, True), (True, False), (False, True)]
+    for move_least, move_most in ends:
+        for steps in (coarse, fine):
+            from_least, from_most = shrink_least, shrink_most        # what the last sweep found
+            for step in steps:
+                a = from_least * step if move_least else from_least
+                b = from_most * step if move_most else from_most
+                candidate_log_s1, z, error = score(least * a, most * b)
+                better = error < best
+                best = torch.where(better, error, best)
+                log_s1 = torch.where(better, candidate_log_s1, log_s1)
+                zero_point = torch.where(better, z, zero_point)
+                shrink_least = torch.where(better, a, shrink_least)
+                shrink_most = torch.where(better, b, shrink_most)
+    return log_s1.to(dtype), zero_point.to(torch.int32)
+
+
+# ---- The quantizers: one face, four rules ---------------------------------------------------------
+
+class RoundToNearest(nn.Module):
+    """Round to nearest, W_hat = s1 * round(W / s1) (section 2), and the face that all four share.
+
+    q = RoundToNearest(W, bits, symmetric=True, per_channel=False); q(W) is W_hat, in W's shape;
+    q.codes(W) are the integers that would be stored; W_hat = q.s1 * (q.codes(W) - q.zero_point)
+    exactly. Each also is a parametrization of a layer's weight: see quantize_layers.
+
+    Args:
+        W: the pre-trained weight, (C_out, C_in) or (C_out, C_in, H, W). Only its shape, dtype,
+            device and (for the starting s1 and AdaRound's V) values are used; it is not kept.
+        bits: 2 to 8.
+        symmetric: codes -2^(b-1)..2^(b-1)-1 and zero_point 0, or codes 0..2^b-1 and a zero_point.
+        per_channel: one s1 (and zero_point) for each output channel, or one for W.
+        p: exponent of the error that the starting s1 minimises.
+
+    Raises:
+        ValueError: as search_range does.
+    """
+
+    learns_s1 = False
+
+    def __init__(self, W: Tensor, bits: int, symmetric: bool = True, per_channel: bool = False, *,
+                 p: float = 2.4):
+        super().__init__()
+        self.lo, self.hi = code_range(bits, symmetric)
+        self.bits, self.symmetric, self.per_channel = bits, symmetric, per_channel
+        log_s1, zero_point = search_range(W, bits, symmetric, per_channel, p)
+        if self.learns_s1:
+            self.log_s1 = nn.Parameter(log_s1)
+        else:
+            self.register_buffer("log_s1", log_s1)
+        self.register_buffer("zero_point", zero_point)
+
+    @property
+    def s1(self) -> Tensor:
+        """The grid step, () or (C_out, 1[, 1, 1]). All methods take exp of the same logarithm, so
+        that their grids agree to the last bit."""
+        return self.log_s1.exp()
+
+    @property
+    def bounds(self):
+        """Least and greatest k = code - zero_point."""
+        if self.symmetric:                                           # zero_point is 0
+            return self.lo, self.hi
+        return self.lo - self.zero_point, self.hi - self.zero_point
+
+    def integers(self, W: Tensor) -> Tensor:
+        """k = code - zero_point as floating-point numbers, W's shape. The rule of each method."""
+        return Clamp.apply(Round.apply(W / self.s1), *self.bounds)
+
+    def forward(self, W: Tensor) -> Tensor:
+        """W_hat = s1 * k, W's shape. Outside the rounding stands s1 alone."""
+        return self.s1 * self.integers(W)
+
+    @torch.no_grad()
+    def codes(self, W: Tensor) -> Tensor:
+        """The codes, zero_point included: int32, W's shape, all within [q.lo, q.hi]."""
+        return self.integers(W).to(torch.int32) + self.zero_point
+
+    def extra_repr(self) -> str:
+        return f"bits={self.bits}, symmetric={self.symmetric}, per_channel={self.per_channel}"
+
+
+class AdaRound(RoundToNearest):
+    """Rounding by addition, up or down: W_hat = s1 * (floor(W / s1) + h(V)), Nagel et al. 2020.
+
+    h is the rectified sigmoid, clamp(1.2 sigmoid(V) - 0.1, 0, 1), and V starts where h(V) is the
+    fraction that floor cuts off. In train mode W_hat is soft: h lies anywhere between 0 and 1, and a
+    regulariser pushes it to one of them. In eval mode, and in codes(), h is 0 or 1: hard codes. At
+    the start these are round to nearest's, except at exact ties, which here always go up.
+    s1 is fixed: it defines what up and down are.
+    """
+
+    def __init__(self, W, bits, symmetric=True, per_channel=False, *, p=2.4):
+        super().__init__(W, bits, symmetric, per_channel, p=p)
+        u = W.detach() / self.s1
+        # The inverse of h, written so that the sign of V is the sign of (fraction - 0.5) exactly:
+        # 1.2 sigmoid(V) - 0.1 = fraction  <=>  V = 2 atanh((fraction - 0.5) / 0.6).
+        self.V = nn.Parameter(2 * torch.atanh((u - u.floor() - 0.5) / 0.6))    # W's shape
+
+    def h(self) -> Tensor:
+        """The rectified sigmoid of V, in [0, 1], W's shape."""
+        return Clamp.apply(1.2 * torch.sigmoid(self.V) - 0.1, 0, 1)
+
+    def integers(self, W, soft: bool = False):
+        up = self.h() if soft else (self.V >= 0).to(W.dtype)
+        return Clamp.apply(torch.floor(W / self.s1) + up, *self.bounds)
+
+    def forward(self, W):
+        return self.s1 * self.integers(W, soft=self.training)
+
+    @staticmethod
+    def schedule(t: float) -> tuple[float, float]:
+        """Weight and exponent beta of the regulariser at t = iteration / iterations, in [0, 1].
+
+        No regulariser for the first fifth, then weight 0.01 while beta falls from 20 to 2 in a
+        straight line: BRECQ's settings, with which the paper runs AdaRound.
+        """
+        return (0.0, 20.0) if t < 0.2 else (0.01, 20 - 18 * (t - 0.2) / 0.8)
+
+    def regulariser(self, beta: float) -> Tensor:
+        """sum of 1 - |2 h(V) - 1|^beta, a scalar: 0 once every h is 0 or 1."""
+        return (1 - (2 * self.h() - 1).abs().pow(beta)).sum()
+
+
+class AdaQuant(RoundToNearest):
+    """Rounding by addition, anywhere: W_hat = s1 * round((W + V) / s1), Hubara et al. 2021.
+
+    V has W's shape and W's units and starts at zeros; s1 is learned with it.
+    """
+
+    learns_s1 = True
+
+    def __init__(self, W, bits, symmetric=True, per_channel=False, *, p=2.4):
+        super().__init__(W, bits, symmetric, per_channel, p=p)
+        self.V = nn.Parameter(torch.zeros_like(W))                   # W's shape
+
+    def integers(self, W):
+        return Clamp.apply(Round.apply((W + self.V) / self.s1), *self.bounds)
+
+
+class FlexRound(RoundToNearest):
+    """Rounding by division: W_hat = s1 * round(W / (s1 * S2 * s3 * s4)), Eqs. 1 and 2.
+
+    S2 (one scale a weight), s3 (one an output channel) and, for convolutions, s4 (one an input
+    channel) start at ones; shapes at the head of this file.
+
+    Proposition 3.1 (the reciprocal rule): with S' = S2 * s3 (* s4), a weight inside the grid has
+    dL/dS' = -(W / S'^2) * dL/dW_hat: s1 cancels, and a large weight moves its own scale more than a
+    small one does, which addition cannot say. Spelled out, with G = dL/dW_hat and the sums over all
+    weights that share the factor:
+
+        dL/dS2 =     -inside G W / (S2^2 s3 s4)        dL/ds3 = sum -inside G W / (S2 s3^2 s4)
+        dL/ds4 = sum -inside G W / (S2 s3 s4^2)        dL/ds1 = sum G (k - inside u)
+
+    and for a stored logarithm times the factor itself, dL/dlog S2 = S2 dL/dS2. The sums are those
+    that autograd makes of Round and Clamp above; the tests compare them with these lines.
+
+    Args (beyond RoundToNearest's), the ablations of the paper's Table 1:
+        learn_s1: False fixes s1 at its start (ablation 1).
+        use_s3_s4: False leaves s3 and s4 out (ablation 2); q.s3 and q.s4 are then None.
+    """
+
+    def __init__(self, W, bits, symmetric=True, per_channel=False, *, p=2.4, learn_s1: bool = True,
+                 use_s3_s4: bool = True):
+        self.learns_s1 = learn_s1
+        super().__init__(W, bits, symmetric, per_channel, p=p)
+        C_out, C_in, *kernel = W.shape
+        ones = [1] * len(kernel)
+        self.log_S2 = nn.Parameter(torch.zeros_like(W))              # log 1 = 0
+        self.log_s3 = self.log_s4 = None
+        if use_s3_s4:
+            self.log_s3 = nn.Parameter(W.new_zeros(C_out, 1, *ones))
+        if use_s3_s4 and kernel:                                     # Eq. 2: convolutions only
+            self.log_s4 = nn.Parameter(W.new_zeros(1, C_in, *ones))
+
+    @property
+    def S2(self) -> Tensor:
+        """One positive scale a weight, W's shape."""
+        return self.log_S2.exp()
+
+    @property
+    def s3(self) -> Tensor | None:
+        """One positive scale an output channel, (C_out, 1[, 1, 1]); None where absent."""
+        return None if self.log_s3 is None else self.log_s3.exp()
+
+    @property
+    def s4(self) -> Tensor | None:
+        """One positive scale an input channel, (1, C_in, 1, 1); None for a linear layer."""
+        return None if self.log_s4 is None else self.log_s4.exp()
+
+    def integers(self, W):
+        # Eq. 2: S = s1 * S2 * s3 (linear), S = s1 * S2 * s3 * s4 (convolution); the small ones first.
+        S = self.s1
+        for factor in (self.s3, self.s4, self.S2):
+            S = S if factor is None else S * factor
+        return Clamp.apply(Round.apply(W / S), *self.bounds)         # Eq. 1, less the s1 outside
+
+
+METHODS = {"rtn": RoundToNearest, "adaround": AdaRound, "adaquant": AdaQuant,
+           "flexround": FlexRound}
+
+
+# ---- The seam: a quantizer is a parametrization of a layer's weight --------------------------------
+#
+# torch.nn.utils.parametrize makes layer.weight the quantizer's output wherever it is read, so a
+# layer keeps its own class and forward (stride, padding mode, groups, a subclass's own idea) and
+# there are no quantized layers here. The weight itself rests in layer.parametrizations.weight.original.
+
+def quantizable_layers(block: nn.Module, skip=(), tied_within: nn.Module | None = None
+                       ) -> dict[str, nn.Module]:
+    """The nn.Linear and nn.Conv2d (and subclasses) of a block by name, in the order of definition.
+
+    Left out are the names in skip and a layer that shares its weight with an nn.Embedding of
+    tied_within (the block itself, unless a larger module is given). The block's own name is ''.
+
+    Raises:
+        ValueError: a name in skip that the block does not have.
+    """
+    modules = dict(block.named_modules())
+    for name in skip:
+        if name not in modules:
+            raise ValueError(f"skip names {name!r}: the block has {sorted(modules)}")
+    tied = {id(m.weight) for m in (tied_within or block).modules() if isinstance(m, nn.Embedding)}
+    return {name: layer for name, layer in modules.items()
+            if isinstance(layer, (nn.Linear, nn.Conv2d)) and name not in skip
+            and (parametrize.is_parametrized(layer, "weight") or id(layer.weight) not in tied)}
+
+
+def quantizers(module: nn.Module) -> dict[str, RoundToNearest]:
+    """The quantizers that are in place in a module, by the name of their layer ('' for itself)."""
+    return {name: layer.parametrizations.weight[0] for name, layer in module.named_modules()
+            if parametrize.is_parametrized(layer, "weight")
+            and isinstance(layer.parametrizations.weight[0], RoundToNearest)}
+
+
+def quantize_layers(block: nn.Module, config, layer_bits: dict[str, int] | None = None, skip=()
+                    ) -> dict[str, RoundToNearest]:
+    """Put a quantizer on the weight of each nn.Linear and nn.Conv2d of a block, in place.
+
+    All quantizers are made before the first is put in place: on an error the block is unchanged.
+    Each starts equal to round to nearest. fold() makes the result permanent.
+
+    Args:
+        block: any module; a single layer is one too, and its name is then ''.
+        config: a reconstruct.ReconstructionConfig; method, bits, symmetric, per_channel, p,
+            learn_s1 and use_s3_s4 are read.
+        layer_bits: bits of single layers by their name within the block, before config.bits.
+        skip: names within the block that stay as they are.
+
+    Returns:
+        The quantizers by the name of their layer.
+
+    Raises:
+        ValueError: an unknown or unsupported layer is named, a layer has a parametrization already,
+            two layers share one weight, or as search_range does (naming the layer).
+    """
+    layer_bits = dict(layer_bits or {})
+    layers = quantizable_layers(block, skip)
+    for name in layer_bits:
+        if name not in layers:
+            kind = type(dict(block.named_modules()).get(name)).__name__
+            raise ValueError(f"layer_bits names {name!r} ({kind}): the nn.Linear and nn.Conv2d to "
+                             f"quantize are {list(layers)}")
+    rule = METHODS[config.method]
+    switches = dict(learn_s1=config.learn_s1, use_s3_s4=config.use_s3_s4)
+    made, owner = {}, {}
+    for name, layer in layers.items():
+        if parametrize.is_parametrized(layer, "weight"):
+            raise ValueError(f"layer {name!r} has a parametrization of its weight already: fold or "
+                             "remove it first")
+        twin = owner.setdefault(id(layer.weight), name)
+        if twin != name:
+            raise ValueError(f"layers {twin!r} and {name!r} share one weight: skip one of them")
+        try:
+            made[name] = rule(layer.weight, layer_bits.get(name, config.bits), config.symmetric,
+                              config.per_channel, p=config.p,
+                              **(switches if rule is FlexRound else {}))
+        except ValueError as error:
+            raise ValueError(f"layer {name!r}: {error}") from error
+    for name, quantizer in made.items():
+        parametrize.register_parametrization(layers[name], "weight", quantizer)
+    return made
+
+
+def fold(module: nn.Module, keep: bool = True) -> nn.Module:
+    """Remove the quantizers of a module, in place, leaving W_hat as the plain weight; return it.
+
+    Afterwards classes and state_dict keys are those of the float module and each weight is q(W) with
+    hard codes, to the last bit. keep=False puts the weight from before quantization back instead.
+    """
+    for name, quantizer in quantizers(module).items():
+        layer = module.get_submodule(name)
+        quantizer.eval()                                             # AdaRound: hard codes
+        # A deep copy shares the class that torch injected, and removing a parametrization takes the
+        # property `weight` off that class, the copy's included. So the layer gets its own first.
+        injected = type(layer)
+        body = {k: v for k, v in vars(injected).items() if k not in ("__dict__", "__weakref__")}
+        layer.__class__ = type(injected.__name__, injected.__bases__, body)
+        parametrize.remove_parametrizations(layer, "weight", leave_parametrized=keep)
+    return module

@@ -1,0 +1,437 @@
+"""Block-by-block reconstruction: how FlexRound's factors (and its rivals') are learned.
+
+The objective of section 3.1, one block at a time, over a few calibration inputs:
+
+    minimise  || block(X) - block_hat(X_tilde) ||^2    over s1, S2, s3, s4
+
+    X        x_fp   the block's input when every earlier block is full precision
+    X_tilde  x_q    the block's input when every earlier block is quantized
+             y_fp   block(X), the target: taken just before the block's layers are quantized
+
+So the whole driver, quantize_model below, is this loop:
+
+    x_fp = x_q = calibration inputs
+    for block in blocks:
+        y_fp = block(x_fp)
+        quantize the block's layers                    # flexround.quantize_layers: round to nearest
+        reconstruct_block(block, x_q, y_fp, config)    # learn the factors
+        x_fp, x_q = y_fp, block(x_q)
+
+How this differs from the paper and from the authors' code, and why
+- The best of the start and ten evaluations is kept, so that the result is never worse than round to
+  nearest on the calibration set. FlexRound on white noise, for one, ends worse without it.
+- All methods share optimizer (Adam, cosine decay to 0), iterations and batches; only the rate is
+  each method's own. In the paper the baselines have settings of their own (Adam 1e-3, 20k iterations).
+- The paper does not state the loss's reduction, the schedule, or how long the decay is: see
+  block_loss and reconstruct_block for ours.
+
+Left out: activation quantization. `python reconstruct.py --help` lists what the main job can do.
+"""
+import argparse
+import copy
+import math
+import platform
+import sys
+import time
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from tqdm.auto import tqdm
+
+from flexround import METHODS, AdaRound, code_range, fold, quantizable_layers, quantize_layers
+from flexround import quantizers as quantizers_of
+
+# Adam's rate at 1,000 iterations a block, where the caller names none: README says how they were
+# chosen. The paper: FlexRound 4e-4 (ResNets, W4 and W3) or 1e-3 (ResNets W2, MobileNetV2) at 5,000
+# iterations, 7e-6 to 7e-3 for language models; AdaRound and AdaQuant 1e-3 at 20,000.
+DEFAULT_LR = {"rtn": 0.0, "adaround": 1e-2, "adaquant": 1e-3, "flexround": 4e-3}
+
+
+@dataclass(frozen=True)
+class ReconstructionConfig:
+    """All settings of a reconstruction, checked when it is made (ValueError names what is wrong)."""
+
+    method: str = "flexround"        # a key of flexround.METHODS: rtn, adaround, adaquant, flexround
+    bits: int = 4                    # 2 to 8; the paper's CNNs: 4, 3, 2
+    symmetric: bool = True           # the grid: the paper's CNNs symmetric, its language models not
+    per_channel: bool = False        # one s1 an output channel; in the paper only for LLaMA
+    p: float = 2.4                   # exponent of the range search; the paper's is 2
+    learn_s1: bool = True            # FlexRound only; False is ablation 1 of Table 1
+    use_s3_s4: bool = True           # FlexRound only; False is ablation 2 of Table 1
+    iterations: int = 1000           # a block; section 4: 5,000 for CNNs, 500 for language models
+    batch_size: int = 32             # inputs drawn an iteration; BRECQ's 32, the paper is silent
+    lr: float | None = None          # Adam's first rate; None is the method's own, DEFAULT_LR
+    seed: int = 0                    # of the batches (and of input_drop)
+    input_drop: float = 0.0          # share of the input's elements taken from x_fp: 0 is X_tilde (the
+    #                                  paper's objective, "B"), 1 is X, 0.5 QDrop's mixture ("Q")
+    end_bits: int | None = 8         # first layer of the first block, last of the last; None: as bits
+    layer_bits: dict = field(default_factory=dict)   # {"<block index>.<layer name>": bits}, over all
+    cache_device: str | None = None  # where the cached activations live; None: where the blocks are
+
+    def __post_init__(self):
+        def check(name, ok, allowed):
+            if not ok:
+                raise ValueError(f"{name} = {getattr(self, name)!r}: {allowed} is allowed")
+
+        def whole(name, least):
+            value = getattr(self, name)
+            check(name, isinstance(value, int) and not isinstance(value, bool) and value >= least,
+                  f"an integer of at least {least}")
+
+        check("method", self.method in METHODS, f"one of {', '.join(METHODS)}")
+        code_range(self.bits, self.symmetric)
+        for bits in (*self.layer_bits.values(), *([] if self.end_bits is None else [self.end_bits])):
+            code_range(bits, self.symmetric)
+        whole("iterations", 1)
+        whole("batch_size", 1)
+        whole("seed", 0)
+        check("p", self.p > 0, "a positive number")
+        check("lr", self.lr is None or 0 < self.lr < math.inf, "a positive number or None")
+        check("input_drop", 0 <= self.input_drop <= 1, "a probability from 0 to 1")
+
+
+@dataclass
+class BlockReport:
+    """What became of one block. Every loss here is block_loss with hard codes on all of x_q."""
+
+    index: int                               # the block's place in the list
+    bits: dict[str, int]                     # of each quantized layer, by its name in the block
+    start_loss: float                        # round to nearest
+    final_loss: float                        # of the state that was kept: the least of evaluations
+    best_iteration: int                      # when that was; 0 is the start
+    evaluations: list[tuple[int, float]]     # (iterations done, loss): the start and each tenth
+    history: list[float]                     # what Adam saw: a batch's loss at each iteration, for
+    #                                          AdaRound with soft codes and the regulariser
+    seconds: float
+
+
+# ---- One block ------------------------------------------------------------------------------------
+
+def block_loss(y: Tensor, y_fp: Tensor) -> Tensor:
+    """Squared error, summed over channels, mean over the rest; a scalar.
+
+    Channels are dim 1 of a convolution's (N, C, H, W) and the last dim of anything else, such as
+    (N, C) or a GPT's (B, T, C).
+    """
+    return (y - y_fp).square().sum(1 if y.dim() == 4 else -1).mean()
+
+
+@torch.no_grad()
+def run(block: nn.Module, x: Tensor, batch_size: int, device, cache_device) -> Tensor:
+    """block(x) for all of x, a batch at a time; the result lies on cache_device."""
+    out = None
+    with parametrize.cached():                                       # quantize each weight once
+        for i in range(0, len(x), batch_size):
+            # A copy: a block may begin with an in-place ReLU, and x is used again.
+            y = block(x[i:i + batch_size].to(device, copy=True))
+            if out is None:
+                out = torch.empty(len(x), *y.shape[1:], dtype=y.dtype, device=cache_device)
+            out[i:i + batch_size] = y
+    return out
+
+
+@torch.no_grad()
+def evaluate(block: nn.Module, x: Tensor, y_fp: Tensor, batch_size: int, device) -> float:
+    """block_loss over all of x, a batch at a time."""
+    total = 0.0
+    with parametrize.cached():
+        for xs, ys in zip(x.split(batch_size), y_fp.split(batch_size), strict=True):
+            total += len(xs) * block_loss(block(xs.to(device, copy=True)), ys.to(device))
+    return float(total) / len(x)
+
+
+def evaluation_marks(iterations: int) -> set[int]:
+    """After how many iterations the whole calibration set is evaluated: each tenth, rounded down."""
+    return {iterations * tenth // 10 for tenth in range(1, 11)} - {0}
+
+
+def device_of(blocks) -> torch.device:
+    """Where the first parameter lies; the CPU where there is none."""
+    return next((p.device for block in blocks for p in block.parameters()), torch.device("cpu"))
+
+
+def _check_inputs(x_q, y_fp, x_fp, config):
+    for name, x in (("x_q", x_q), ("y_fp", y_fp), ("x_fp", x_fp)):
+        if x is None:
+            continue
+        if not isinstance(x, Tensor) or x.dim() == 0 or len(x) == 0:
+            raise ValueError(f"{name} is {type(x).__name__} of shape "
+                             f"{tuple(getattr(x, 'shape', ()))}: a tensor of at least one input is "
+                             "allowed")
+        if len(x) != len(x_q):
+            raise ValueError(f"{name} holds {len(x)} inputs and x_q {len(x_q)}: as many are needed")
+        if not torch.isfinite(x).all():
+            raise ValueError(f"{name} holds NaN or infinity: only finite calibration is allowed")
+    if config.input_drop > 0 and x_fp is None:
+        raise ValueError(f"input_drop = {config.input_drop} needs x_fp, the full-precision input")
+    if config.batch_size > len(x_q):
+        warnings.warn(f"batch_size = {config.batch_size}, but there are only {len(x_q)} calibration "
+                      "inputs: each iteration takes them all", stacklevel=3)
+
+
+def reconstruct_block(block: nn.Module, x_q: Tensor, y_fp: Tensor, config: ReconstructionConfig,
+                      x_fp: Tensor | None = None, index: int = 0, progress=None) -> BlockReport:
+    """Learn the factors of a block's quantizers, in place: Adam on block_loss(block(x_q), y_fp).
+
+    The rate falls to 0 along a cosine. At the start and after each tenth of the iterations all of
+    the calibration set is evaluated with hard codes on x_q, and the best state seen is the one that
+    is kept. Afterwards the block is in eval mode and its factors are frozen; no other parameter is
+    touched, and requires_grad of the others is as it was.
+
+    Args:
+        block: a module with quantizers in place (flexround.quantize_layers).
+        x_q: (N, ...) the block's inputs behind quantized blocks, X_tilde.
+        y_fp: (N, ...) its full-precision outputs on full-precision inputs, on any device.
+        config: method, iterations, batch_size, lr, seed and input_drop are read.
+        x_fp: (N, ...) the full-precision inputs X; needed where input_drop > 0.
+        index: the block's place in the network, which seeds its batches and is named in errors.
+        progress: called as progress(iterations done, loss) at each evaluation.
+
+    Raises:
+        ValueError: no quantizers, or empty, unequal or non-finite inputs.
+        FloatingPointError: a loss that is not finite, naming block and iteration (counted from 1).
+            Then, and on any other exception, the factors are as they were before.
+    """
+    began = time.perf_counter()
+    quantizers = quantizers_of(block)
+    if not quantizers:
+        raise ValueError(f"block {index} has no quantizers: call quantize_layers first")
+    _check_inputs(x_q, y_fp, x_fp, config)
+    device = device_of([block])
+    learned = [p for q in quantizers.values() for p in q.parameters()]
+    ids = {id(p) for p in learned}
+    others = [(p, p.requires_grad) for p in block.parameters() if id(p) not in ids]
+    initial = best = [p.detach().clone() for p in learned]
+    block.eval()
+
+    def loss_now(iteration):
+        for q in quantizers.values():
+            q.eval()                                                 # AdaRound: hard codes
+        loss = evaluate(block, x_q, y_fp, config.batch_size, device)
+        if not math.isfinite(loss):
+            raise _not_finite(index, iteration, config)
+        if progress:
+            progress(iteration, loss)
+        return loss
+
+    evaluations, history = [], torch.zeros(0)
+    try:
+        for p, _ in others:
+            p.requires_grad_(False)
+        for p in learned:
+            p.requires_grad_(True)
+        best_loss, best_iteration = loss_now(0), 0
+        evaluations.append((0, best_loss))
+        if learned:                                                  # round to nearest learns nothing
+            marks = evaluation_marks(config.iterations)
+            history = torch.zeros(config.iterations, device=device)
+            for i in _iterate(block, quantizers, learned, x_q, y_fp, x_fp, config, index, history):
+                if i not in marks:
+                    continue
+                bad = (~torch.isfinite(history[:i])).nonzero()
+                if len(bad):
+                    raise _not_finite(index, int(bad[0]) + 1, config)
+                loss = loss_now(i)
+                evaluations.append((i, loss))
+                if loss < best_loss:
+                    best_loss, best_iteration = loss, i
+                    best = [p.detach().clone() for p in learned]
+    except BaseException:                                            # an interrupt, too
+        best = initial
+        raise
+    finally:
+        with torch.no_grad():
+            for p, value in zip(learned, best, strict=True):
+                p.copy_(value)
+                p.requires_grad_(False)
+                p.grad = None
+        for p, required in others:
+            p.requires_grad_(required)
+        block.eval()
+    return BlockReport(index, {name: q.bits for name, q in quantizers.items()}, evaluations[0][1],
+                       best_loss, best_iteration, evaluations, history.tolist(),
+                       time.perf_counter() - began)
+
+
+def _iterate(block, quantizers, learned, x_q, y_fp, x_fp, config, index, history):
+    """The iterations of reconstruct_block; yields how many are done. Nothing here waits for the
+    device: the loss stays there, in history."""
+    device, total = history.device, config.iterations
+    # Its own stream for each block: what one block draws does not depend on the others.
+    seed = 1000 * config.seed + index
+    draw = torch.Generator().manual_seed(seed)
+    size = min(config.batch_size, len(x_q))
+    batches = torch.stack([torch.randperm(len(x_q), generator=draw)[:size] for _ in range(total)])
+    batches = batches.to(x_q.device)                                 # (iterations, batch)
+    drop = torch.Generator(device).manual_seed(seed)
+    regularised = [q for q in quantizers.values() if isinstance(q, AdaRound)]
+
+    lr = DEFAULT_LR[config.method] if config.lr is None else config.lr
+    optimizer = torch.optim.Adam(learned, lr=lr)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total)
+    for i in range(total):
+        for q in regularised:
+            q.train()                                                # soft codes
+        batch = batches[i]
+        x, y = x_q[batch].to(device), y_fp[batch].to(device)
+        if config.input_drop > 0:                                    # element by element
+            full = x_fp[batch].to(device)
+            x = torch.where(torch.rand(x.shape, generator=drop, device=device) < config.input_drop,
+                            full, x)
+        loss = block_loss(block(x), y)
+        if regularised:
+            weight, beta = AdaRound.schedule(i / total)
+            if weight:
+                loss = loss + weight * sum(q.regulariser(beta) for q in regularised)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        history[i] = loss.detach()
+        yield i + 1
+
+
+def _not_finite(index, iteration, config):
+    return FloatingPointError(
+        f"block {index}: the loss is not finite at iteration {iteration} of {config.iterations} "
+        f"({config.method}, {config.bits} bits): try a smaller lr; the block is left as it was")
+
+
+# ---- A network: block after block -----------------------------------------------------------------
+
+def plan(blocks, config: ReconstructionConfig) -> list[dict[str, int]]:
+    """The bits of each layer that will be quantized, a dict {name in the block: bits} a block.
+
+    nn.Linear and nn.Conv2d are quantized; embeddings, a head tied to an embedding, norms and all
+    else stay float. end_bits goes to the first layer of the first block and the last of the last,
+    where the block has one; layer_bits goes before both.
+
+    Raises:
+        ValueError: layer_bits names what is not there, a layer in two places, a layer that is
+            quantized already, weights that are not finite, or nothing to quantize.
+    """
+    model = nn.ModuleList(blocks)                                    # names: "<block index>.<layer>"
+    layers = quantizable_layers(model)
+    for i, block in enumerate(blocks):
+        for name in quantizable_layers(block):
+            if f"{i}.{name}".rstrip(".") not in dict(model.named_modules()):
+                raise ValueError(f"layer {name!r} of block {i} stands in an earlier block, too")
+    if not layers:
+        raise ValueError("nothing to quantize: no block has an nn.Linear or an nn.Conv2d")
+    owner = {}
+    for name, layer in layers.items():
+        if parametrize.is_parametrized(layer, "weight"):
+            raise ValueError(f"layer {name!r} has a parametrization of its weight already: fold or "
+                             "remove it first")
+        if not torch.isfinite(layer.weight).all():
+            raise ValueError(f"layer {name!r}: its weight holds NaN or infinity")
+        twin = owner.setdefault(id(layer.weight), name)
+        if twin != name:
+            raise ValueError(f"layers {twin!r} and {name!r} share one weight")
+    for name in config.layer_bits:
+        if name not in layers:
+            raise ValueError(f"layer_bits names {name!r}: the layers to quantize are {list(layers)}")
+    left = [f"{name} ({type(m).__name__})" for name, m in model.named_modules()
+            if name not in layers and not isinstance(m, nn.Embedding | nn.Linear | nn.Conv2d)
+            and any("weight" in n and p.dim() > 1 for n, p in m.named_parameters(recurse=False))]
+    if left:
+        warnings.warn(f"only nn.Linear and nn.Conv2d are quantized; these stay float: {left}",
+                      stacklevel=3)
+
+    bits = dict.fromkeys(layers, config.bits)
+    if config.end_bits is not None:
+        of_block = [[n for n in layers if n.split(".")[0] == str(i)] for i in (0, len(blocks) - 1)]
+        for name in of_block[0][:1] + of_block[1][-1:]:
+            bits[name] = config.end_bits
+    bits.update(config.layer_bits)
+    return [{name.partition(".")[2]: b for name, b in bits.items() if name.split(".")[0] == str(i)}
+            for i in range(len(blocks))]
+
+
+@torch.no_grad()
+def cache_bytes(blocks, calibration: Tensor, config: ReconstructionConfig) -> int:
+    """Most bytes of cached activations at a time: a dry run of one input through the blocks.
+
+    Raises:
+        ValueError: a block that does not return a finite tensor for one input.
+    """
+    device = device_of(blocks)
+    sizes, x = [], calibration[:1]
+    for i, block in enumerate(blocks):
+        x = block.eval()(x.to(device, copy=True))
+        if not isinstance(x, Tensor) or len(x) != 1 or not torch.isfinite(x).all():
+            raise ValueError(f"block {i} returns {type(x).__name__}"
+                             f"{f' {tuple(x.shape)}' if isinstance(x, Tensor) else ''} for one "
+                             "calibration input: a finite tensor with one row an input is needed")
+        sizes.append(x.numel() * x.element_size())
+    first = calibration[:1].numel() * calibration.element_size()
+    # At most x_fp and x_q, a block's inputs, and the same two of its outputs.
+    return len(calibration) * max(2 * (a + b) for a, b in zip([first, *sizes], sizes, strict=False))
+
+
+def quantize_model(blocks, calibration: Tensor, config: ReconstructionConfig) -> list[BlockReport]:
+    """Quantize a network block after block, in place: the paper's method from end to end.
+
+    Afterwards the blocks are in eval mode, the quantizers are in place with their factors frozen
+    (flexround.fold makes them permanent) and requires_grad of all else is as it was. Shows a
+    progress bar where there is a terminal, after the size of the cached activations.
+
+    Args:
+        blocks: a list or nn.ModuleList of Tensor -> Tensor modules which, one after the other, are
+            the network. Any network that can be given so will do. Fold batch norm first.
+        calibration: (N, ...) inputs of the first block, on any device.
+        config: see ReconstructionConfig.
+
+    Returns:
+        A report for each block that has layers to quantize, in order.
+
+    Raises:
+        ValueError: as ReconstructionConfig, plan and cache_bytes do, before any work.
+        FloatingPointError: a loss that is not finite. Then, and on any other exception, that block
+            is full precision as before and the earlier ones stay quantized.
+    """
+    blocks = list(blocks)
+    _check_inputs(calibration, None, calibration, config)
+    bits = plan(blocks, config)
+    last = max(i for i, layers in enumerate(bits) if layers)         # nothing behind it is run
+    size = cache_bytes(blocks[:last + 1], calibration, config)
+    device = device_of(blocks)
+    cache = torch.device(config.cache_device or device)
+
+    reports = []
+    x_fp = x_q = calibration.to(cache)
+    steps = 0 if config.method == "rtn" else config.iterations
+    bar = tqdm(total=steps * sum(map(bool, bits)), disable=None, desc=f"{config.method} W{config.bits}")
+    if not bar.disable:
+        bar.write(f"cached activations: at most {size / 1e6:,.1f} MB on {cache}", file=sys.stderr)
+    with bar:
+        for i, block in enumerate(blocks[:last + 1]):
+            block.eval()
+            y_fp = run(block, x_fp, config.batch_size, device, cache)
+            if not bits[i]:
+                untouched = x_q is x_fp                              # nothing quantized so far
+                x_q = y_fp if untouched else run(block, x_q, config.batch_size, device, cache)
+                x_fp = y_fp
+                continue
+            done = bar.n
+
+            def progress(iteration, loss, i=i, done=done):
+                bar.set_postfix_str(f"block {i}, loss {loss:.3g}", refresh=False)
+                bar.update(done + iteration - bar.n)
+
+            skip = set(quantizable_layers(block)) - set(bits[i])     # tied to another block's embedding
+            quantize_layers(block, config, bits[i], skip)
+            try:
+                reports.append(reconstruct_block(block, x_q, y_fp, config, x_fp, i, progress))
+            except BaseException:
+                fold(block, keep=False)
+                raise
+            if i < last:
+                x_fp, x_q = y_fp, run(block, x_q, config.batch_size, device, cache)
+    for block in blocks[last + 1:]:
+        block.eval()
+    return reports
