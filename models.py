@@ -13,7 +13,10 @@ Shapes at line ends: N images, C channels, H x W pixels; B sequences of T tokens
 """
 import hashlib
 import os
+import platform
 import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -447,3 +450,105 @@ def train_gpt(net, tokens, steps: int = 1000, lr: float = 3e-3, batch_size: int 
         return F.cross_entropy(net(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
 
     return train(net, batches, loss_of, steps, lr, label)
+
+
+# ---- What the main job runs on --------------------------------------------------------------------
+
+@dataclass
+class Task:
+    """A trained network, its calibration inputs, and the score that counts."""
+
+    net: nn.Module                   # batch norm folded, eval mode
+    calibration: Tensor              # (N, ...) training inputs, drawn by the seed
+    score: Callable                  # score(net, device) -> percent or perplexity
+    batch_size: int                  # inputs an iteration
+    about: str                       # one line: the network, the data, what is scored
+
+
+def trained(net: nn.Module, path: Path, fit: Callable) -> nn.Module:
+    """net with the weights in path; where there is no such file, fit(net) first and write it."""
+    if path.exists():
+        try:
+            net.load_state_dict(load_file(path))
+        except (ValueError, RuntimeError, TypeError) as error:
+            raise ValueError(f"{path} does not hold this network: delete it, and it is trained "
+                             "again") from error
+    else:
+        fit(net)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")                       # never half a file
+        torch.save(net.state_dict(), partial)
+        partial.replace(path)
+    return net.eval()
+
+
+def load_task(name: str, data=None, checkpoint=None, cache="cache", split: str = "test",
+              samples: int | None = None, seed: int = 0) -> Task:
+    """One of the main job's networks, trained where it has to be.
+
+    Args:
+        name: "resnet" or "mobilenet" (on digits), "gpt" (on characters), "resnet20" (CIFAR-10).
+        data: resnet20: the folder of CIFAR-10's binary files; gpt: a text file, None for Python's.
+        checkpoint: resnet20: its file, None downloads it.
+        cache: folder for the small networks once trained.
+        split: "test" scores test images, or the last 5 % of the text; "train" training images
+            that are not calibration, or the 5 % of text before: what settings are chosen on.
+        samples: how many calibration inputs, drawn from the training data by seed; None is 1,024
+            images (512 digits) or 128 sequences.
+
+    Raises:
+        ValueError, OSError: unknown name, unusable data, or too few inputs for samples.
+    """
+    if split not in ("test", "train"):
+        raise ValueError(f"split = {split!r}: 'test' and 'train' are allowed")
+
+    def draw(n, default):
+        count = default if samples is None else samples
+        if not 0 < count < n:
+            raise ValueError(f"samples = {count}: 1 to {n - 1} are allowed for {name}")
+        order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+        return order[:count], order[count:]
+
+    if name == "gpt":
+        string = text(data)
+        tokens, vocabulary = characters(string)
+        with torch.random.fork_rng(devices=[]):                      # the caller's stream stays
+            torch.manual_seed(0)
+            net = GPT(len(vocabulary), context=64, layers=3, heads=4, width=64)
+        if len(tokens) < 100 * net.context:
+            raise ValueError(f"{data}: {len(tokens)} characters; at least {100 * net.context} are "
+                             "needed")
+        a, b = int(0.9 * len(tokens)), int(0.95 * len(tokens))
+        trained(net, Path(cache) / f"gpt-{fingerprint(string)}.pt",
+                lambda net: train_gpt(net, tokens[:a], label="training the GPT"))
+        start, _ = draw(a - net.context, 128)
+        held = tokens[b:] if split == "test" else tokens[a:b]
+        source = data or f"pydoc_data.topics of Python {platform.python_version()}"
+        return Task(net, tokens[start[:, None] + torch.arange(net.context)],
+                    lambda net, device: perplexity(net, held, net.context, device=device), 8,
+                    f"3 layers, width 64; characters of {source}, sha256 {fingerprint(string)}; "
+                    f"perplexity over {len(held) // net.context} windows of {net.context}")
+    if name == "resnet20":
+        if data is None:
+            raise ValueError("resnet20 needs the data folder with CIFAR-10's binary files (--data)")
+        x, y = cifar10(data, train=True)
+        x_test, y_test = cifar10(data, train=False) if split == "test" else (None, None)
+        net, source, default = resnet20(checkpoint), "CIFAR-10", 1024
+    elif name in ("resnet", "mobilenet"):
+        x, y, x_test, y_test = digits()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            net = (ResNet(widths=(8, 16, 32), depth=1, channels=1) if name == "resnet" else
+                   MobileNet(widths=(8, 16, 24), depth=2, channels=1))
+        trained(net, Path(cache) / f"digits-{name}.pt",
+                lambda net: train_classifier(net, x, y, label=f"training the {name}"))
+        source, default = "scikit-learn's digits", 512
+    else:
+        raise ValueError(f"model = {name!r}: resnet, mobilenet, gpt and resnet20 are allowed")
+    index, rest = draw(len(x), default)
+    if split == "train":
+        x_test, y_test = x[rest], y[rest]
+    return Task(fold_batchnorm(net), x[index],
+                lambda net, device: accuracy(net, x_test, y_test, device=device), 32,
+                f"{sum(p.numel() for p in net.parameters()):,} weights; {source}; "
+                f"accuracy on {len(y_test):,} {split} images")

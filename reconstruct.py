@@ -34,8 +34,7 @@ import platform
 import sys
 import time
 import warnings
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -435,3 +434,105 @@ def quantize_model(blocks, calibration: Tensor, config: ReconstructionConfig) ->
     for block in blocks[last + 1:]:
         block.eval()
     return reports
+
+
+# ---- The main job ---------------------------------------------------------------------------------
+
+NAMES = {"rtn": "round to nearest", "adaround": "AdaRound", "adaquant": "AdaQuant",
+         "flexround": "FlexRound"}
+
+
+def parse(arguments=None) -> argparse.Namespace:
+    """The command line; each flag is explained by --help."""
+    parser = argparse.ArgumentParser(
+        description="Quantize networks with each method and print one table. Without arguments: "
+                    "small networks, trained on the first run; no download, no GPU needed.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("--model", nargs="+", default=["resnet", "mobilenet", "gpt"], metavar="NAME",
+        choices=["resnet", "mobilenet", "gpt", "resnet20"],
+        help="resnet, mobilenet: small ones on scikit-learn's digits; gpt: a small one on characters; "
+             "resnet20: CIFAR-10's public checkpoint, needs --data")
+    add("--method", nargs="+", default=["adaround", "adaquant", "flexround"], metavar="NAME",
+        choices=["adaround", "adaquant", "flexround"],
+        help="adaround, adaquant, flexround; round to nearest always runs")
+    add("--bits", nargs="+", type=int, default=[3, 2], help="bits of a weight, 2 to 8, one row each")
+    add("--end-bits", type=int, default=8,
+        help="bits of the first layer of the first block and the last of the last; 0: as --bits")
+    add("--asymmetric", action="store_true", help="a grid with a zero point, not the paper's for CNNs")
+    add("--per-channel", action="store_true", help="one s1 an output channel instead of one a layer")
+    add("--p", type=float, default=ReconstructionConfig.p, help="exponent of the range search")
+    add("--iterations", type=int, default=250, help="of Adam, for each block")
+    add("--lr", type=float, help="Adam's first rate for all methods (default: each method's own)")
+    add("--batch-size", type=int, help="inputs an iteration (default: 32 images or 8 sequences)")
+    add("--samples", type=int, help="calibration inputs (default: 512 digits, 1,024 images of "
+                                    "CIFAR-10, 128 sequences)")
+    add("--input-drop", type=float, default=0.0,
+        help="share of a block's input taken from the full-precision network")
+    add("--seed", type=int, default=0, help="of the calibration draw and of the batches")
+    add("--split", choices=["test", "train"], default="test",
+        help="score test data, or held-out training images and validation text (to choose settings)")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, ...")
+    add("--cache-device", help="where cached activations live (default: --device)")
+    add("--data", help="resnet20: folder of CIFAR-10's binary files; gpt: a text file")
+    add("--checkpoint", help="resnet20-12fca82f.th (default: downloaded)")
+    add("--cache", default="cache", help="folder of the small networks once trained")
+    return parser.parse_args(arguments)
+
+
+def main(arguments=None) -> None:
+    """Quantize each network at each number of bits with each method; print the table."""
+    import models
+
+    args = parse(arguments)
+    configs = {(method, bits): ReconstructionConfig(
+        method, bits, not args.asymmetric, args.per_channel, p=args.p, iterations=args.iterations,
+        lr=args.lr, seed=args.seed, input_drop=args.input_drop, end_bits=args.end_bits or None,
+        cache_device=args.cache_device) for bits in args.bits for method in ["rtn", *args.method]}
+    tasks = {name: models.load_task(name, args.data, args.checkpoint, args.cache, args.split,
+                                    args.samples, args.seed) for name in args.model}
+
+    grid = f"{'asymmetric' if args.asymmetric else 'symmetric'}, per " + \
+        ("channel" if args.per_channel else "tensor")
+    print(f"{grid} grid, p = {args.p}, {args.iterations} iterations a block, seed {args.seed}; "
+          f"torch {torch.__version__} on {args.device}, {torch.get_num_threads()} threads, "
+          f"{platform.machine()}")
+    for name, task in tasks.items():
+        task.net.to(args.device)
+        config = configs["rtn", args.bits[0]]
+        bits = {f"{i}.{n}": b for i, layers in enumerate(plan(task.net.blocks, config))
+                for n, b in layers.items()}
+        ends = [n for n, b in bits.items() if args.end_bits and b == args.end_bits]
+        print(f"{name}: {task.about}; {len(bits)} layers, at {args.end_bits} bits {ends}; "
+              f"{len(task.calibration)} calibration inputs, cached activations at most "
+              f"{cache_bytes(task.net.blocks, task.calibration, config) / 1e6:,.1f} MB")
+    print("\nIn brackets: the last quantized block's final loss over the round-to-nearest network's, "
+          "and seconds.\n")
+    methods = ["rtn", *args.method]
+    print("| network | bits | full precision | " + " | ".join(NAMES[m] for m in methods) + " |")
+    print("|---|---|---|" + "---|" * len(methods))
+    for name, task in tasks.items():
+        full = task.score(task.net, args.device)
+        for bits in args.bits:
+            cells, base = [], math.nan
+            for method in methods:
+                net = copy.deepcopy(task.net)
+                config = replace(configs[method, bits], batch_size=args.batch_size or task.batch_size)
+                began = time.perf_counter()
+                try:
+                    loss = quantize_model(net.blocks, task.calibration, config)[-1].final_loss
+                except FloatingPointError as error:                  # the other methods go on
+                    print(error, file=sys.stderr)
+                    cells.append("not finite")
+                    continue
+                seconds = time.perf_counter() - began
+                base = loss if method == "rtn" else base
+                cells.append(f"{task.score(net, args.device):.2f} ({loss / base:.3f}, {seconds:.0f} s)")
+            print(f"| {name} | {bits} | {full:.2f} | " + " | ".join(cells) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError, ImportError, RuntimeError) as problem:
+        sys.exit(f"reconstruct.py: {problem}")
