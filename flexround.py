@@ -4,17 +4,18 @@ Read beside section 3 of the paper: Lee, Kim, Kwon, Lee, "FlexRound: Learnable R
 Element-wise Division for Post-Training Quantization", ICML 2023, arXiv:2306.00317v2.
 
     round to nearest   W_hat = s1 * round(W / s1)
-    AdaRound           W_hat = s1 * (floor(W / s1) + h(V))       up or down, nothing else
-    AdaQuant           W_hat = s1 * round((W + V) / s1)          addition, s1 learned
-    FlexRound          W_hat = s1 * round(W / (s1 * S2 * s3 * s4))   division, all learned (Eqs. 1, 2)
+    AdaRound           W_hat = s1 * (floor(W / s1) + h(V))            addition: up or down
+    AdaQuant           W_hat = s1 * round((W + V) / s1)               addition; s1 learned
+    FlexRound          W_hat = s1 * round(W / (s1 * S2 * s3 * s4))    division; all learned (Eq. 2)
 
 Each round() is followed by a clamp to the codes that b bits can hold.
 
-    symbol   shape: linear, W (C_out, C_in)   convolution, W (C_out, C_in, H, W)   starts at
-    s1       () or (C_out, 1)                 () or (C_out, 1, 1, 1)               argmin |W - W_hat|
-    S2       (C_out, C_in)                    (C_out, C_in, H, W)                  ones
-    s3       (C_out, 1)                       (C_out, 1, 1, 1)                     ones
-    s4       absent                           (1, C_in, 1, 1)                      ones
+    symbol   shape for a linear layer   shape for a convolution   starts at
+    W        (C_out, C_in)              (C_out, C_in, H, W)       pre-trained, never changed
+    s1       () or (C_out, 1)           () or (C_out, 1, 1, 1)    the minimum of |W - W_hat|
+    S2       (C_out, C_in)              (C_out, C_in, H, W)       ones
+    s3       (C_out, 1)                 (C_out, 1, 1, 1)          ones
+    s4       absent                     (1, C_in, 1, 1)           ones
 
 C_in is W.shape[1]: a depthwise or grouped convolution needs no case of its own, it has few s4.
 With S2 = s3 = s4 = 1 FlexRound is round to nearest, and that is where training starts.
@@ -66,7 +67,7 @@ class Clamp(torch.autograd.Function):
 
     At 2 to 4 bits several percent of the weights sit exactly on a bound, so what happens there
     matters, and torch is about to change its own clamp: hence ours. x has been rounded, so a weight
-    counts as inside as long as it *rounds* to a code that exists, also from beyond it (u = hi + 0.4).
+    counts as inside as long as it *rounds* to a code that exists, as u = hi + 0.4 does.
     """
 
     @staticmethod
@@ -80,15 +81,15 @@ class Clamp(torch.autograd.Function):
         return grad * inside, None, None
 
 
-# ---- The grid: how s1 and zero_point start --------------------------------------------------------
+# ---- The grid: how s1 and zero_point start -------------------------------------------------------
 
-def code_range(bits: int, symmetric: bool) -> tuple[int, int]:
+def code_range(bits: int, symmetric: bool, name: str = "bits") -> tuple[int, int]:
     """Least and greatest code (lo, hi) of a uniform grid; 3 bits: (-4, 3) or (0, 7).
 
-    Raises ValueError for bits outside 2..8.
+    Raises ValueError for bits outside 2..8, under the name that the caller gives them.
     """
     if isinstance(bits, bool) or not isinstance(bits, int) or bits not in BITS:
-        raise ValueError(f"bits = {bits!r}: an integer from {BITS[0]} to {BITS[-1]} is allowed")
+        raise ValueError(f"{name} = {bits!r}: an integer from {BITS[0]} to {BITS[-1]} is allowed")
     return (-2 ** (bits - 1), 2 ** (bits - 1) - 1) if symmetric else (0, 2 ** bits - 1)
 
 
@@ -121,8 +122,8 @@ def search_range(W: Tensor, bits: int, symmetric: bool = True, per_channel: bool
     if not p > 0:
         raise ValueError(f"p = {p!r}: a positive number is allowed")
     if W.dim() not in (2, 4) or W.numel() == 0 or not W.is_floating_point():
-        raise ValueError(f"W has shape {tuple(W.shape)} and {W.dtype}: a floating-point weight of a "
-                         "linear layer (2-D) or of a 2-D convolution (4-D), not empty, is allowed")
+        raise ValueError(f"W is {W.dtype} of shape {tuple(W.shape)}: the floating-point weight of "
+                         "a linear layer (2-D) or a 2-D convolution (4-D), not empty, is allowed")
     if not torch.isfinite(W).all():
         raise ValueError("W holds NaN or infinity: only finite weights can be quantized")
 
@@ -178,7 +179,7 @@ def _search_rows(rows: Tensor, dtype: torch.dtype, lo: int, hi: int, symmetric: 
     return log_s1.to(dtype), zero_point.to(torch.int32)
 
 
-# ---- The quantizers: one face, four rules ---------------------------------------------------------
+# ---- The quantizers: one face, four rules --------------------------------------------------------
 
 class RoundToNearest(nn.Module):
     """Round to nearest, W_hat = s1 * round(W / s1) (section 2), and the face that all four share.
@@ -247,9 +248,9 @@ class AdaRound(RoundToNearest):
     """Rounding by addition, up or down: W_hat = s1 * (floor(W / s1) + h(V)), Nagel et al. 2020.
 
     h is the rectified sigmoid, clamp(1.2 sigmoid(V) - 0.1, 0, 1), and V starts where h(V) is the
-    fraction that floor cuts off. In train mode W_hat is soft: h lies anywhere between 0 and 1, and a
-    regulariser pushes it to one of them. In eval mode, and in codes(), h is 0 or 1: hard codes. At
-    the start these are round to nearest's, except at exact ties, which here always go up.
+    fraction that floor cuts off. In train mode W_hat is soft: h lies anywhere between 0 and 1, and
+    a regulariser pushes it to one of them. In eval mode, and in codes(), h is 0 or 1: hard codes.
+    At the start these are round to nearest's, except at exact ties, which here always go up.
     s1 is fixed: it defines what up and down are.
     """
 
@@ -352,7 +353,7 @@ class FlexRound(RoundToNearest):
         return None if self.log_s4 is None else self.log_s4.exp()
 
     def integers(self, W):
-        # Eq. 2: S = s1 * S2 * s3 (linear), S = s1 * S2 * s3 * s4 (convolution); the small ones first.
+        # Eq. 2: S = s1 * S2 * s3 (linear) or s1 * S2 * s3 * s4 (convolution), small factors first.
         S = self.s1
         for factor in (self.s3, self.s4, self.S2):
             S = S if factor is None else S * factor
@@ -363,30 +364,43 @@ METHODS = {"rtn": RoundToNearest, "adaround": AdaRound, "adaquant": AdaQuant,
            "flexround": FlexRound}
 
 
-# ---- The seam: a quantizer is a parametrization of a layer's weight --------------------------------
+# ---- The seam: a quantizer is a parametrization of a layer's weight ------------------------------
 #
 # torch.nn.utils.parametrize makes layer.weight the quantizer's output wherever it is read, so a
 # layer keeps its own class and forward (stride, padding mode, groups, a subclass's own idea) and
-# there are no quantized layers here. The weight itself rests in layer.parametrizations.weight.original.
+# there are no quantized layers here. W itself rests in layer.parametrizations.weight.original.
 
-def quantizable_layers(block: nn.Module, skip=(), tied_within: nn.Module | None = None
-                       ) -> dict[str, nn.Module]:
-    """The nn.Linear and nn.Conv2d (and subclasses) of a block by name, in the order of definition.
+def quantizable_layers(module: nn.Module, skip=()) -> dict[str, nn.Module]:
+    """The layers of a module that can be quantized, by name, in the order of definition.
 
-    Left out are the names in skip and a layer that shares its weight with an nn.Embedding of
-    tied_within (the block itself, unless a larger module is given). The block's own name is ''.
+    These are nn.Linear, nn.Conv2d and their subclasses, less the names in skip and less those tied
+    to an nn.Embedding of the module. A module that is such a layer itself has the name ''.
 
     Raises:
-        ValueError: a name in skip that the block does not have.
+        ValueError: a name in skip that is not such a layer, a layer with a parametrization already,
+            weights that are not finite, or two layers that share one weight.
     """
-    modules = dict(block.named_modules())
+    embedded = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
+    layers = {name: m for name, m in module.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
     for name in skip:
-        if name not in modules:
-            raise ValueError(f"skip names {name!r}: the block has {sorted(modules)}")
-    tied = {id(m.weight) for m in (tied_within or block).modules() if isinstance(m, nn.Embedding)}
-    return {name: layer for name, layer in modules.items()
-            if isinstance(layer, (nn.Linear, nn.Conv2d)) and name not in skip
-            and (parametrize.is_parametrized(layer, "weight") or id(layer.weight) not in tied)}
+        if name not in layers:
+            raise ValueError(f"skip names {name!r}: the nn.Linear and nn.Conv2d are {list(layers)}")
+    chosen, owner = {}, {}
+    for name, layer in layers.items():
+        if name in skip:
+            continue
+        if parametrize.is_parametrized(layer, "weight"):
+            raise ValueError(f"layer {name!r} has a parametrization of its weight already: fold or "
+                             "remove it first")
+        if id(layer.weight) in embedded:
+            continue
+        if not torch.isfinite(layer.weight).all():
+            raise ValueError(f"layer {name!r}: its weight holds NaN or infinity")
+        twin = owner.setdefault(id(layer.weight), name)
+        if twin != name:
+            raise ValueError(f"layers {twin!r} and {name!r} share one weight: skip one of them")
+        chosen[name] = layer
+    return chosen
 
 
 def quantizers(module: nn.Module) -> dict[str, RoundToNearest]:
@@ -414,32 +428,22 @@ def quantize_layers(block: nn.Module, config, layer_bits: dict[str, int] | None 
         The quantizers by the name of their layer.
 
     Raises:
-        ValueError: an unknown or unsupported layer is named, a layer has a parametrization already,
-            two layers share one weight, or as search_range does (naming the layer).
+        ValueError: layer_bits names an unknown or unsupported layer; else as quantizable_layers
+            and search_range do.
     """
-    layer_bits = dict(layer_bits or {})
-    layers = quantizable_layers(block, skip)
+    layers, layer_bits = quantizable_layers(block, skip), layer_bits or {}
     for name in layer_bits:
         if name not in layers:
-            kind = type(dict(block.named_modules()).get(name)).__name__
+            found = dict(block.named_modules()).get(name)
+            kind = "no such layer" if found is None else type(found).__name__
             raise ValueError(f"layer_bits names {name!r} ({kind}): the nn.Linear and nn.Conv2d to "
                              f"quantize are {list(layers)}")
     rule = METHODS[config.method]
-    switches = dict(learn_s1=config.learn_s1, use_s3_s4=config.use_s3_s4)
-    made, owner = {}, {}
-    for name, layer in layers.items():
-        if parametrize.is_parametrized(layer, "weight"):
-            raise ValueError(f"layer {name!r} has a parametrization of its weight already: fold or "
-                             "remove it first")
-        twin = owner.setdefault(id(layer.weight), name)
-        if twin != name:
-            raise ValueError(f"layers {twin!r} and {name!r} share one weight: skip one of them")
-        try:
-            made[name] = rule(layer.weight, layer_bits.get(name, config.bits), config.symmetric,
-                              config.per_channel, p=config.p,
-                              **(switches if rule is FlexRound else {}))
-        except ValueError as error:
-            raise ValueError(f"layer {name!r}: {error}") from error
+    switches = {} if rule is not FlexRound else {
+        "learn_s1": config.learn_s1, "use_s3_s4": config.use_s3_s4}
+    made = {name: rule(layer.weight, layer_bits.get(name, config.bits), config.symmetric,
+                       config.per_channel, p=config.p, **switches)
+            for name, layer in layers.items()}
     for name, quantizer in made.items():
         parametrize.register_parametrization(layers[name], "weight", quantizer)
     return made
@@ -448,8 +452,8 @@ def quantize_layers(block: nn.Module, config, layer_bits: dict[str, int] | None 
 def fold(module: nn.Module, keep: bool = True) -> nn.Module:
     """Remove the quantizers of a module, in place, leaving W_hat as the plain weight; return it.
 
-    Afterwards classes and state_dict keys are those of the float module and each weight is q(W) with
-    hard codes, to the last bit. keep=False puts the weight from before quantization back instead.
+    Afterwards classes and state_dict keys are those of the float module and each weight is q(W)
+    with hard codes, to the last bit. keep=False puts the weight from before back instead.
     """
     for name, quantizer in quantizers(module).items():
         layer = module.get_submodule(name)

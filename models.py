@@ -1,12 +1,12 @@
 """The networks and data that FlexRound is tried on: small ResNets, a MobileNetV2-like net, a GPT.
 
-Nothing here knows of quantization. The one thing that reconstruct.py asks of a network is `.blocks`,
+Nothing here knows of quantization. The one thing that reconstruct.py asks of a network is .blocks,
 an ordered list of Tensor -> Tensor modules that, run one after the other, *are* the network:
 
     for block in net.blocks: x = block(x)
 
 A ResNet's blocks are the stem, each residual block (its addition and ReLU inside), and pooling with
-the classifier; a GPT's are the embeddings, each transformer block, and the final norm with the head.
+the classifier; a GPT's are the embeddings, each transformer block, and the last norm with the head.
 Fold batch norm into the convolutions first (fold_batchnorm), as the paper does.
 
 Shapes at line ends: N images, C channels, H x W pixels; B sequences of T tokens, D channels.
@@ -40,7 +40,7 @@ class Blocks(nn.Module):
         return x
 
 
-# ---- ResNets of basic blocks (He et al. 2016) -----------------------------------------------------
+# ---- ResNets of basic blocks (He et al. 2016) ----------------------------------------------------
 
 def conv_bn(c_in: int, c_out: int, kernel: int, stride: int = 1, groups: int = 1) -> nn.Sequential:
     """Convolution and batch norm, same-size padding."""
@@ -110,13 +110,13 @@ RESNET20_URL = ("https://github.com/akamaster/pytorch_resnet_cifar10/raw/master/
 
 
 def resnet20(path: str | os.PathLike | None = None) -> ResNet:
-    """The public CIFAR-10 ResNet-20 by akamaster, 91.73 % on the test images, batch norm not folded.
+    """The public CIFAR-10 ResNet-20 by akamaster (91.73 % on test), batch norm not folded.
 
     Args:
         path: resnet20-12fca82f.th; None downloads it once into torch's hub cache, hash checked.
 
     Raises:
-        ValueError: a file that is not that checkpoint, naming the first key that is wrong.
+        ValueError: a file that is not that checkpoint, naming the first tensor that is wrong.
         FileNotFoundError: no such file. RuntimeError: no path and no network.
     """
     if path is None:
@@ -131,32 +131,22 @@ def resnet20(path: str | os.PathLike | None = None) -> ResNet:
     net = ResNet(widths=(16, 32, 64), depth=3, shortcut="pad")
     saved = load_file(path)
     saved = saved.get("state_dict", saved) if isinstance(saved, dict) else {}
-    saved = {key.removeprefix("module."): value for key, value in saved.items()}
-
-    def theirs(key: str) -> str:                                     # our key -> the key in the file
-        _, index, *rest = key.split(".")
-        index, kind = int(index), {"0": "conv", "1": "bn"}
-        if index == 0:
-            return f"{kind[rest[0]]}1.{rest[1]}"                     # conv1.weight, bn1.bias, ...
-        if index == 10:
-            return f"linear.{rest[1]}"
-        stage, i = divmod(index - 1, 3)
-        return f"layer{stage + 1}.{i}.{kind[rest[1]]}{rest[0][-1]}.{rest[2]}"
-
-    state = {}
-    for key, value in net.state_dict().items():
-        name = theirs(key)
-        if name not in saved and not name.endswith("num_batches_tracked"):
-            raise ValueError(f"{path}: no {name!r}, so this is not the CIFAR-10 ResNet-20")
-        state[key] = saved.get(name, value)
-        if state[key].shape != value.shape:
-            raise ValueError(f"{path}: {name!r} has shape {tuple(state[key].shape)} instead of "
-                             f"{tuple(value.shape)}")
-    net.load_state_dict(state)
+    # Both networks define the same layers in the same order under different names.
+    theirs = [(k, v) for k, v in saved.items()
+              if isinstance(v, Tensor) and not k.endswith("num_batches_tracked")]
+    ours = [(k, v) for k, v in net.state_dict().items() if not k.endswith("num_batches_tracked")]
+    if len(theirs) != len(ours):
+        raise ValueError(f"{path} holds {len(theirs)} tensors instead of {len(ours)}: it is not "
+                         "the CIFAR-10 ResNet-20")
+    for (key, value), (_, mine) in zip(theirs, ours, strict=True):
+        if value.shape != mine.shape:
+            raise ValueError(f"{path}: {key!r} has shape {tuple(value.shape)} instead of "
+                             f"{tuple(mine.shape)}: it is not the CIFAR-10 ResNet-20")
+        mine.copy_(value)
     return net.eval()
 
 
-# ---- A MobileNetV2-like network (Sandler et al. 2018) ---------------------------------------------
+# ---- A MobileNetV2-like network (Sandler et al. 2018) --------------------------------------------
 
 class InvertedResidual(nn.Module):
     """1 x 1 to more channels, 3 x 3 depthwise, 1 x 1 back; ReLU6; added to x where shapes agree."""
@@ -207,7 +197,9 @@ def fold_batchnorm(net: nn.Module) -> nn.Module:
         for (conv_name, conv), (bn_name, bn) in zip(children, children[1:], strict=False):
             if (isinstance(conv, nn.Conv2d) and isinstance(bn, nn.BatchNorm2d)
                     and conv.out_channels == bn.num_features):
-                setattr(parent, conv_name, fuse_conv_bn_eval(conv, bn))
+                fused = fuse_conv_bn_eval(conv, bn)
+                fused.requires_grad_(conv.weight.requires_grad)      # the new bias, too
+                setattr(parent, conv_name, fused)
                 setattr(parent, bn_name, nn.Identity())
     left = [name for name, m in net.named_modules() if isinstance(m, nn.BatchNorm2d)]
     if left:
@@ -216,7 +208,7 @@ def fold_batchnorm(net: nn.Module) -> nn.Module:
     return net
 
 
-# ---- A GPT (GPT-2's architecture, in nanoGPT's spirit) --------------------------------------------
+# ---- A GPT (GPT-2's architecture, in nanoGPT's spirit) -------------------------------------------
 
 class Embeddings(nn.Module):
     """Token and learned position embeddings: (B, T) integers -> (B, T, D)."""
@@ -256,7 +248,7 @@ class TransformerBlock(nn.Module):
 
 
 class Head(nn.Module):
-    """Final norm and the projection to logits, which is the token embedding: (B, T, D) -> (B, T, V)."""
+    """Last norm and the projection to logits, tied to the embedding: (B, T, D) -> (B, T, V)."""
 
     def __init__(self, token: nn.Embedding):
         super().__init__()
@@ -296,7 +288,7 @@ class GPT(Blocks):
         return self.blocks[0].position.num_embeddings
 
 
-# ---- Data -----------------------------------------------------------------------------------------
+# ---- Data ----------------------------------------------------------------------------------------
 
 def digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """scikit-learn's 1,797 handwritten digits, standardised: images and labels, 1,200 to train on
@@ -318,7 +310,7 @@ def cifar10(folder: str | os.PathLike, train: bool) -> tuple[Tensor, Tensor]:
     checkpoint wants them, and labels (N,).
 
     Args:
-        folder: holds data_batch_*.bin and test_batch.bin, or a folder cifar-10-batches-bin with them.
+        folder: holds data_batch_*.bin and test_batch.bin, itself or in cifar-10-batches-bin.
         train: all the training batches that are there (of five), or the test batch.
 
     Raises:
@@ -353,7 +345,7 @@ def text(path: str | os.PathLike | None = None) -> str:
 
 
 def characters(string: str) -> tuple[Tensor, str]:
-    """A text as character tokens, (length,), and its vocabulary: token i stands for vocabulary[i]."""
+    """A text as character tokens, (length,), and its vocabulary: token i is vocabulary[i]."""
     vocabulary = "".join(sorted(set(string)))
     index = {c: i for i, c in enumerate(vocabulary)}
     return torch.tensor([index[c] for c in string]), vocabulary
@@ -364,7 +356,7 @@ def fingerprint(string: str) -> str:
     return hashlib.sha256(string.encode()).hexdigest()[:8]
 
 
-# ---- Figures of merit -----------------------------------------------------------------------------
+# ---- Figures of merit ----------------------------------------------------------------------------
 
 @torch.no_grad()
 def accuracy(model: nn.Module, x: Tensor, y: Tensor, batch_size: int = 500, device="cpu") -> float:
@@ -395,7 +387,7 @@ def perplexity(model: nn.Module, tokens: Tensor, context: int, batch_size: int =
     return float(torch.exp(total / y.numel()))
 
 
-# ---- Training the small networks, once ------------------------------------------------------------
+# ---- Training the small networks, once -----------------------------------------------------------
 
 def load_file(path):
     """torch.load, weights only, with one clear error for a file that is no checkpoint."""
@@ -408,7 +400,7 @@ def load_file(path):
 
 
 def train(net: nn.Module, batches, loss_of, steps: int, lr: float, label: str) -> nn.Module:
-    """AdamW with a one-cycle rate, in place; batches() gives the next batch, loss_of(net, batch)."""
+    """AdamW with a one-cycle rate on loss_of(net, batches()), in place."""
     net.train()
     optimizer = torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=0.1, betas=(0.9, 0.99))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
@@ -452,7 +444,7 @@ def train_gpt(net, tokens, steps: int = 1000, lr: float = 3e-3, batch_size: int 
     return train(net, batches, loss_of, steps, lr, label)
 
 
-# ---- What the main job runs on --------------------------------------------------------------------
+# ---- What the main job runs on -------------------------------------------------------------------
 
 @dataclass
 class Task:

@@ -21,9 +21,9 @@ How this differs from the paper and from the authors' code, and why
 - The best of the start and ten evaluations is kept, so that the result is never worse than round to
   nearest on the calibration set. FlexRound on white noise, for one, ends worse without it.
 - All methods share optimizer (Adam, cosine decay to 0), iterations and batches; only the rate is
-  each method's own. In the paper the baselines have settings of their own (Adam 1e-3, 20k iterations).
-- The paper does not state the loss's reduction, the schedule, or how long the decay is: see
-  block_loss and reconstruct_block for ours.
+  each method's own. The paper runs the baselines with BRECQ's settings (Adam 1e-3, 20k iterations).
+- The paper states neither the loss's reduction nor the rate's schedule: see block_loss and
+  reconstruct_block for ours, which are the authors' code's.
 
 Left out: activation quantization. `python reconstruct.py --help` lists what the main job can do.
 """
@@ -52,9 +52,9 @@ DEFAULT_LR = {"rtn": 0.0, "adaround": 1e-2, "adaquant": 1e-3, "flexround": 4e-3}
 
 @dataclass(frozen=True)
 class ReconstructionConfig:
-    """All settings of a reconstruction, checked when it is made (ValueError names what is wrong)."""
+    """All settings of a reconstruction. ValueError names the one that is not allowed."""
 
-    method: str = "flexround"        # a key of flexround.METHODS: rtn, adaround, adaquant, flexround
+    method: str = "flexround"        # rtn, adaround, adaquant or flexround
     bits: int = 4                    # 2 to 8; the paper's CNNs: 4, 3, 2
     symmetric: bool = True           # the grid: the paper's CNNs symmetric, its language models not
     per_channel: bool = False        # one s1 an output channel; in the paper only for LLaMA
@@ -65,10 +65,10 @@ class ReconstructionConfig:
     batch_size: int = 32             # inputs drawn an iteration; BRECQ's 32, the paper is silent
     lr: float | None = None          # Adam's first rate; None is the method's own, DEFAULT_LR
     seed: int = 0                    # of the batches (and of input_drop)
-    input_drop: float = 0.0          # share of the input's elements taken from x_fp: 0 is X_tilde (the
-    #                                  paper's objective, "B"), 1 is X, 0.5 QDrop's mixture ("Q")
-    end_bits: int | None = 8         # first layer of the first block, last of the last; None: as bits
-    layer_bits: dict = field(default_factory=dict)   # {"<block index>.<layer name>": bits}, over all
+    input_drop: float = 0.0          # probability that an element of the input is x_fp's: 0 is
+    #                                  X_tilde (section 3.1), 1 is X, 0.5 QDrop's mixture ("Q")
+    end_bits: int | None = 8         # first layer of the first block, last of the last; None: bits
+    layer_bits: dict = field(default_factory=dict)    # {"<block index>.<layer name>": bits}
     cache_device: str | None = None  # where the cached activations live; None: where the blocks are
 
     def __post_init__(self):
@@ -83,8 +83,10 @@ class ReconstructionConfig:
 
         check("method", self.method in METHODS, f"one of {', '.join(METHODS)}")
         code_range(self.bits, self.symmetric)
-        for bits in (*self.layer_bits.values(), *([] if self.end_bits is None else [self.end_bits])):
-            code_range(bits, self.symmetric)
+        if self.end_bits is not None:
+            code_range(self.end_bits, self.symmetric, "end_bits")
+        for name, bits in self.layer_bits.items():
+            code_range(bits, self.symmetric, f"layer_bits[{name!r}]")
         whole("iterations", 1)
         whole("batch_size", 1)
         whole("seed", 0)
@@ -108,7 +110,7 @@ class BlockReport:
     seconds: float
 
 
-# ---- One block ------------------------------------------------------------------------------------
+# ---- One block -----------------------------------------------------------------------------------
 
 def block_loss(y: Tensor, y_fp: Tensor) -> Tensor:
     """Squared error, summed over channels, mean over the rest; a scalar.
@@ -144,7 +146,7 @@ def evaluate(block: nn.Module, x: Tensor, y_fp: Tensor, batch_size: int, device)
 
 
 def evaluation_marks(iterations: int) -> set[int]:
-    """After how many iterations the whole calibration set is evaluated: each tenth, rounded down."""
+    """After how many iterations all calibration inputs are evaluated: each tenth, rounded down."""
     return {iterations * tenth // 10 for tenth in range(1, 11)} - {0}
 
 
@@ -153,22 +155,22 @@ def device_of(blocks) -> torch.device:
     return next((p.device for block in blocks for p in block.parameters()), torch.device("cpu"))
 
 
-def _check_inputs(x_q, y_fp, x_fp, config):
-    for name, x in (("x_q", x_q), ("y_fp", y_fp), ("x_fp", x_fp)):
-        if x is None:
-            continue
+def check_inputs(config: ReconstructionConfig, **inputs: Tensor | None) -> None:
+    """ValueError unless all inputs that are not None are finite and equally many, at least one."""
+    inputs = {name: x for name, x in inputs.items() if x is not None}
+    for name, x in inputs.items():
         if not isinstance(x, Tensor) or x.dim() == 0 or len(x) == 0:
             raise ValueError(f"{name} is {type(x).__name__} of shape "
-                             f"{tuple(getattr(x, 'shape', ()))}: a tensor of at least one input is "
-                             "allowed")
-        if len(x) != len(x_q):
-            raise ValueError(f"{name} holds {len(x)} inputs and x_q {len(x_q)}: as many are needed")
+                             f"{tuple(getattr(x, 'shape', ()))}: a tensor of one input or more, "
+                             "along its first dim, is allowed")
         if not torch.isfinite(x).all():
-            raise ValueError(f"{name} holds NaN or infinity: only finite calibration is allowed")
-    if config.input_drop > 0 and x_fp is None:
-        raise ValueError(f"input_drop = {config.input_drop} needs x_fp, the full-precision input")
-    if config.batch_size > len(x_q):
-        warnings.warn(f"batch_size = {config.batch_size}, but there are only {len(x_q)} calibration "
+            raise ValueError(f"{name} holds NaN or infinity: only finite inputs are allowed")
+    counts = {name: len(x) for name, x in inputs.items()}
+    if len(set(counts.values())) > 1:
+        raise ValueError(f"{counts}: equally many inputs are allowed")
+    count = min(counts.values())
+    if config.batch_size > count and config.method != "rtn":
+        warnings.warn(f"batch_size = {config.batch_size}, but there are only {count} calibration "
                       "inputs: each iteration takes them all", stacklevel=3)
 
 
@@ -199,7 +201,9 @@ def reconstruct_block(block: nn.Module, x_q: Tensor, y_fp: Tensor, config: Recon
     quantizers = quantizers_of(block)
     if not quantizers:
         raise ValueError(f"block {index} has no quantizers: call quantize_layers first")
-    _check_inputs(x_q, y_fp, x_fp, config)
+    check_inputs(config, x_q=x_q, y_fp=y_fp, x_fp=x_fp)
+    if config.input_drop > 0 and x_fp is None:
+        raise ValueError(f"input_drop = {config.input_drop} needs x_fp, the full-precision input")
     device = device_of([block])
     learned = [p for q in quantizers.values() for p in q.parameters()]
     ids = {id(p) for p in learned}
@@ -225,7 +229,7 @@ def reconstruct_block(block: nn.Module, x_q: Tensor, y_fp: Tensor, config: Recon
             p.requires_grad_(True)
         best_loss, best_iteration = loss_now(0), 0
         evaluations.append((0, best_loss))
-        if learned:                                                  # round to nearest learns nothing
+        if learned:                                                  # not round to nearest
             marks = evaluation_marks(config.iterations)
             history = torch.zeros(config.iterations, device=device)
             for i in _iterate(block, quantizers, learned, x_q, y_fp, x_fp, config, index, history):
@@ -300,7 +304,7 @@ def _not_finite(index, iteration, config):
         f"({config.method}, {config.bits} bits): try a smaller lr; the block is left as it was")
 
 
-# ---- A network: block after block -----------------------------------------------------------------
+# ---- A network: block after block ----------------------------------------------------------------
 
 def plan(blocks, config: ReconstructionConfig) -> list[dict[str, int]]:
     """The bits of each layer that will be quantized, a dict {name in the block: bits} a block.
@@ -310,30 +314,20 @@ def plan(blocks, config: ReconstructionConfig) -> list[dict[str, int]]:
     where the block has one; layer_bits goes before both.
 
     Raises:
-        ValueError: layer_bits names what is not there, a layer in two places, a layer that is
-            quantized already, weights that are not finite, or nothing to quantize.
+        ValueError: layer_bits names what is not there, a layer stands in two blocks, there is
+            nothing to quantize; else as flexround.quantizable_layers does.
     """
-    model = nn.ModuleList(blocks)                                    # names: "<block index>.<layer>"
+    model = nn.ModuleList(blocks)                                    # names: "<block>.<layer>"
     layers = quantizable_layers(model)
-    for i, block in enumerate(blocks):
+    for i, block in enumerate(blocks):                               # a module is named only once
         for name in quantizable_layers(block):
             if f"{i}.{name}".rstrip(".") not in dict(model.named_modules()):
                 raise ValueError(f"layer {name!r} of block {i} stands in an earlier block, too")
     if not layers:
         raise ValueError("nothing to quantize: no block has an nn.Linear or an nn.Conv2d")
-    owner = {}
-    for name, layer in layers.items():
-        if parametrize.is_parametrized(layer, "weight"):
-            raise ValueError(f"layer {name!r} has a parametrization of its weight already: fold or "
-                             "remove it first")
-        if not torch.isfinite(layer.weight).all():
-            raise ValueError(f"layer {name!r}: its weight holds NaN or infinity")
-        twin = owner.setdefault(id(layer.weight), name)
-        if twin != name:
-            raise ValueError(f"layers {twin!r} and {name!r} share one weight")
     for name in config.layer_bits:
         if name not in layers:
-            raise ValueError(f"layer_bits names {name!r}: the layers to quantize are {list(layers)}")
+            raise ValueError(f"layer_bits names {name!r}: the layers are {list(layers)}")
     left = [f"{name} ({type(m).__name__})" for name, m in model.named_modules()
             if name not in layers and not isinstance(m, nn.Embedding | nn.Linear | nn.Conv2d)
             and any("weight" in n and p.dim() > 1 for n, p in m.named_parameters(recurse=False))]
@@ -361,7 +355,10 @@ def cache_bytes(blocks, calibration: Tensor, config: ReconstructionConfig) -> in
     device = device_of(blocks)
     sizes, x = [], calibration[:1]
     for i, block in enumerate(blocks):
-        x = block.eval()(x.to(device, copy=True))
+        try:
+            x = block.eval()(x.to(device, copy=True))
+        except RuntimeError as error:
+            raise ValueError(f"block {i} does not run on one calibration input: {error}") from error
         if not isinstance(x, Tensor) or len(x) != 1 or not torch.isfinite(x).all():
             raise ValueError(f"block {i} returns {type(x).__name__}"
                              f"{f' {tuple(x.shape)}' if isinstance(x, Tensor) else ''} for one "
@@ -394,7 +391,7 @@ def quantize_model(blocks, calibration: Tensor, config: ReconstructionConfig) ->
             is full precision as before and the earlier ones stay quantized.
     """
     blocks = list(blocks)
-    _check_inputs(calibration, None, calibration, config)
+    check_inputs(config, calibration=calibration)
     bits = plan(blocks, config)
     last = max(i for i, layers in enumerate(bits) if layers)         # nothing behind it is run
     size = cache_bytes(blocks[:last + 1], calibration, config)
@@ -404,7 +401,8 @@ def quantize_model(blocks, calibration: Tensor, config: ReconstructionConfig) ->
     reports = []
     x_fp = x_q = calibration.to(cache)
     steps = 0 if config.method == "rtn" else config.iterations
-    bar = tqdm(total=steps * sum(map(bool, bits)), disable=None, desc=f"{config.method} W{config.bits}")
+    bar = tqdm(total=steps * sum(map(bool, bits)), disable=None,
+               desc=f"{config.method} W{config.bits}")
     if not bar.disable:
         bar.write(f"cached activations: at most {size / 1e6:,.1f} MB on {cache}", file=sys.stderr)
     with bar:
@@ -422,7 +420,8 @@ def quantize_model(blocks, calibration: Tensor, config: ReconstructionConfig) ->
                 bar.set_postfix_str(f"block {i}, loss {loss:.3g}", refresh=False)
                 bar.update(done + iteration - bar.n)
 
-            skip = set(quantizable_layers(block)) - set(bits[i])     # tied to another block's embedding
+            # What plan left out: layers tied to another block's embedding.
+            skip = set(quantizable_layers(block)) - set(bits[i])
             quantize_layers(block, config, bits[i], skip)
             try:
                 reports.append(reconstruct_block(block, x_q, y_fp, config, x_fp, i, progress))
@@ -436,7 +435,7 @@ def quantize_model(blocks, calibration: Tensor, config: ReconstructionConfig) ->
     return reports
 
 
-# ---- The main job ---------------------------------------------------------------------------------
+# ---- The main job --------------------------------------------------------------------------------
 
 NAMES = {"rtn": "round to nearest", "adaround": "AdaRound", "adaquant": "AdaQuant",
          "flexround": "FlexRound"}
@@ -451,16 +450,16 @@ def parse(arguments=None) -> argparse.Namespace:
     add = parser.add_argument
     add("--model", nargs="+", default=["resnet", "mobilenet", "gpt"], metavar="NAME",
         choices=["resnet", "mobilenet", "gpt", "resnet20"],
-        help="resnet, mobilenet: small ones on scikit-learn's digits; gpt: a small one on characters; "
-             "resnet20: CIFAR-10's public checkpoint, needs --data")
+        help="resnet, mobilenet: small ones on scikit-learn's digits; gpt: a small one on "
+             "characters; resnet20: CIFAR-10's public checkpoint, needs --data")
     add("--method", nargs="+", default=["adaround", "adaquant", "flexround"], metavar="NAME",
         choices=["adaround", "adaquant", "flexround"],
         help="adaround, adaquant, flexround; round to nearest always runs")
-    add("--bits", nargs="+", type=int, default=[3, 2], help="bits of a weight, 2 to 8, one row each")
+    add("--bits", nargs="+", type=int, default=[3, 2], help="of a weight, 2 to 8; a row each")
     add("--end-bits", type=int, default=8,
         help="bits of the first layer of the first block and the last of the last; 0: as --bits")
-    add("--asymmetric", action="store_true", help="a grid with a zero point, not the paper's for CNNs")
-    add("--per-channel", action="store_true", help="one s1 an output channel instead of one a layer")
+    add("--asymmetric", action="store_true", help="a grid with a zero point")
+    add("--per-channel", action="store_true", help="one s1 an output channel")
     add("--p", type=float, default=ReconstructionConfig.p, help="exponent of the range search")
     add("--iterations", type=int, default=250, help="of Adam, for each block")
     add("--lr", type=float, help="Adam's first rate for all methods (default: each method's own)")
@@ -471,7 +470,8 @@ def parse(arguments=None) -> argparse.Namespace:
         help="share of a block's input taken from the full-precision network")
     add("--seed", type=int, default=0, help="of the calibration draw and of the batches")
     add("--split", choices=["test", "train"], default="test",
-        help="score test data, or held-out training images and validation text (to choose settings)")
+        help="score test data, or what settings are chosen on: held-out training images, "
+             "validation text")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, ...")
     add("--cache-device", help="where cached activations live (default: --device)")
     add("--data", help="resnet20: folder of CIFAR-10's binary files; gpt: a text file")
@@ -506,8 +506,8 @@ def main(arguments=None) -> None:
         print(f"{name}: {task.about}; {len(bits)} layers, at {args.end_bits} bits {ends}; "
               f"{len(task.calibration)} calibration inputs, cached activations at most "
               f"{cache_bytes(task.net.blocks, task.calibration, config) / 1e6:,.1f} MB")
-    print("\nIn brackets: the last quantized block's final loss over the round-to-nearest network's, "
-          "and seconds.\n")
+    print("\nIn brackets: the last quantized block's final loss over the round-to-nearest "
+          "network's, and seconds.\n")
     methods = ["rtn", *args.method]
     print("| network | bits | full precision | " + " | ".join(NAMES[m] for m in methods) + " |")
     print("|---|---|---|" + "---|" * len(methods))
@@ -517,7 +517,8 @@ def main(arguments=None) -> None:
             cells, base = [], math.nan
             for method in methods:
                 net = copy.deepcopy(task.net)
-                config = replace(configs[method, bits], batch_size=args.batch_size or task.batch_size)
+                size = args.batch_size or task.batch_size
+                config = replace(configs[method, bits], batch_size=size)
                 began = time.perf_counter()
                 try:
                     loss = quantize_model(net.blocks, task.calibration, config)[-1].final_loss
@@ -527,7 +528,8 @@ def main(arguments=None) -> None:
                     continue
                 seconds = time.perf_counter() - began
                 base = loss if method == "rtn" else base
-                cells.append(f"{task.score(net, args.device):.2f} ({loss / base:.3f}, {seconds:.0f} s)")
+                score = task.score(net, args.device)
+                cells.append(f"{score:.2f} ({loss / base:.3f}, {seconds:.0f} s)")
             print(f"| {name} | {bits} | {full:.2f} | " + " | ".join(cells) + " |", flush=True)
 
 

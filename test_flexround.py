@@ -1,0 +1,1310 @@
+"""The tests, in the order of the paper: grids, gradients, the seam, reconstruction, networks, input.
+
+No test needs the network, a GPU or ../shared: what is not there is skipped, with the reason. Expected
+values are literals, or are computed a second way by the loops in numpy below.
+"""
+import copy
+import os
+import re
+import subprocess
+import sys
+import time
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils import parametrize
+
+import flexround
+import models
+import reconstruct
+from flexround import (
+    METHODS,
+    AdaQuant,
+    AdaRound,
+    FlexRound,
+    RoundToNearest,
+    fold,
+    quantize_layers,
+    quantizers,
+    search_range,
+)
+from reconstruct import ReconstructionConfig, quantize_model, reconstruct_block
+
+HERE = Path(__file__).parent
+SHARED = HERE.parent / "shared" / "data"
+
+# The shapes of a linear, a convolution's, a depthwise and a grouped convolution's weight.
+SHAPES = {"linear": (6, 5), "conv": (4, 3, 3, 3), "depthwise": (6, 1, 3, 3), "grouped": (6, 2, 3, 3)}
+over_shapes = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+over_grids = pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
+over_scope = pytest.mark.parametrize("per_channel", [False, True], ids=["tensor", "channel"])
+over_methods = pytest.mark.parametrize("method", METHODS)
+
+
+def weight(shape, seed=0, dtype=torch.float64):
+    """Weights with a few large ones, so that some lie outside the grid."""
+    g = torch.Generator().manual_seed(seed)
+    W = torch.randn(shape, generator=g, dtype=torch.float64)
+    return (W * torch.exp(0.5 * torch.randn(shape, generator=g, dtype=torch.float64))).to(dtype)
+
+
+def disturbed(shape, bits=3, symmetric=True, per_channel=False, cls=FlexRound, seed=0):
+    """A quantizer in the middle of its training: every learned factor moved off its start."""
+    W = weight(shape, seed)
+    q = cls(W, bits, symmetric, per_channel)
+    g = torch.Generator().manual_seed(seed + 1)
+    with torch.no_grad():
+        for p in q.parameters():
+            p.add_(0.2 * torch.randn(p.shape, generator=g, dtype=p.dtype))
+        q.log_s1.sub_(0.3)                                           # so that the clamp takes part
+    return q, W
+
+
+def correlated(n, *shape, seed=0):
+    """Inputs such as activations are: few directions carry most of the variance."""
+    g = torch.Generator().manual_seed(seed)
+    d = int(np.prod(shape))
+    return (torch.randn(n, 4, generator=g) @ torch.randn(4, d, generator=g) / 2).view(n, *shape)
+
+
+# ---- A second implementation: numpy, one weight at a time ------------------------------------------
+
+def at(factor, index):
+    """The entry of a factor that weight `index` uses; 1 where the factor is absent."""
+    if factor is None:
+        return 1.0
+    a = factor.detach().numpy()
+    return float(a[tuple(min(i, n - 1) for i, n in zip(index, a.shape, strict=False))])
+
+
+def slow_flexround(q, W, G):
+    """W_hat, codes and dL/d(s1, S2, s3, s4) of sum(G * W_hat), from section 3.1 by loops."""
+    lo, hi = {(True, 3): (-4, 3), (False, 3): (0, 7)}[q.symmetric, q.bits]
+    W_hat, codes = np.zeros(W.shape), np.zeros(W.shape, int)
+    grads = {n: np.zeros(getattr(q, n).shape) for n in ("s1", "S2", "s3", "s4")
+             if getattr(q, n) is not None}
+    for index in np.ndindex(*W.shape):
+        w, g = float(W[index]), float(G[index])
+        s1, S2, s3, s4 = (at(getattr(q, n), index) for n in ("s1", "S2", "s3", "s4"))
+        z = at(q.zero_point, index)
+        u = w / (s1 * S2 * s3 * s4)
+        code = np.rint(u) + z
+        inside = 1.0 if lo <= code <= hi else 0.0
+        k = min(max(code, lo), hi) - z
+        W_hat[index], codes[index] = s1 * k, k + z
+        share = {"s1": g * (k - inside * u), "S2": -inside * g * w / (S2 ** 2 * s3 * s4),
+                 "s3": -inside * g * w / (S2 * s3 ** 2 * s4),
+                 "s4": -inside * g * w / (S2 * s3 * s4 ** 2)}
+        for n, grad in grads.items():
+            grad[tuple(min(i, m - 1) for i, m in zip(index, grad.shape, strict=False))] += share[n]
+    return W_hat, codes, grads
+
+
+def min_max(W, bits, symmetric, per_channel):
+    """s1 and z of the smallest grid that clips nothing, in numpy; one entry a row."""
+    rows = W.numpy().reshape(len(W) if per_channel else 1, -1)
+    top, bottom = rows.max(1, keepdims=True), rows.min(1, keepdims=True)
+    if symmetric:
+        return rows, np.maximum(top / (2 ** (bits - 1) - 1), -bottom / 2 ** (bits - 1)), 0
+    top, bottom = np.maximum(top, 0), np.minimum(bottom, 0)
+    s1 = (top - bottom) / (2 ** bits - 1)
+    return rows, s1, np.rint(-bottom / s1)
+
+
+def lp_error(rows, s1, z, bits, symmetric, p):
+    lo, hi = (-2 ** (bits - 1), 2 ** (bits - 1) - 1) if symmetric else (0, 2 ** bits - 1)
+    return (abs(s1 * (np.clip(np.rint(rows / s1) + z, lo, hi) - z) - rows) ** p).sum(1)
+
+
+# ---- 1. Grids and forward --------------------------------------------------------------------------
+
+def test_bounds_of_the_codes():
+    symmetric = {2: (-2, 1), 3: (-4, 3), 4: (-8, 7), 5: (-16, 15), 6: (-32, 31), 7: (-64, 63),
+                 8: (-128, 127)}
+    asymmetric = {2: (0, 3), 3: (0, 7), 4: (0, 15), 5: (0, 31), 6: (0, 63), 7: (0, 127), 8: (0, 255)}
+    for bits in range(2, 9):
+        for is_symmetric, expected in ((True, symmetric), (False, asymmetric)):
+            q = RoundToNearest(weight((40, 50)), bits, is_symmetric)
+            codes = q.codes(1000 * weight((40, 50)))                 # far outside: both ends are hit
+            assert (q.lo, q.hi) == (int(codes.min()), int(codes.max())) == expected[bits]
+
+
+@over_shapes
+@over_grids
+@over_scope
+def test_all_methods_start_as_round_to_nearest(shape, symmetric, per_channel):
+    W = weight(shape, dtype=torch.float32)
+    rtn = RoundToNearest(W, 3, symmetric, per_channel)
+    assert not torch.equal(rtn(W), W)
+    for method, cls in METHODS.items():
+        q = cls(W, 3, symmetric, per_channel).eval()
+        assert torch.equal(q.s1, rtn.s1) and torch.equal(q.zero_point, rtn.zero_point)
+        assert torch.equal(q(W), rtn(W)), method
+
+
+@over_methods
+@over_shapes
+@over_grids
+@over_scope
+def test_W_hat_is_s1_times_the_codes(method, shape, symmetric, per_channel):
+    q, W = disturbed(shape, 3, symmetric, per_channel, METHODS[method])
+    q.eval()
+    codes = q.codes(W)
+    assert torch.equal(q(W), q.s1 * (codes - q.zero_point))
+    assert codes.dtype == torch.int32 and q.zero_point.dtype == torch.int32
+    assert set(codes.unique().tolist()) <= set(range(-4, 4) if symmetric else range(8))
+    grid = (shape[0],) + (1,) * (len(shape) - 1) if per_channel else ()
+    assert q.s1.shape == q.zero_point.shape == grid
+    assert not symmetric or not q.zero_point.any()
+
+
+def test_a_weight_worked_out_by_hand():
+    # S = 0.5 * 2 * 1 = 1: u = 0.9 rounds to 1. S = 0.5 * 1 * 0.8 = 0.4: u = -3.25 rounds to -3.
+    # u = 1.2 / (0.5 * 1 * 1) = 2.4 rounds to 2; u = 5 / 0.4 = 12.5 is cut to 3.
+    W = torch.tensor([[0.9, 1.2], [-1.3, 5.0]])
+    q = FlexRound(W, 3)
+    with torch.no_grad():
+        q.log_s1.copy_(torch.tensor(0.5).log())
+        q.log_S2.copy_(torch.tensor([[2.0, 1.0], [1.0, 1.0]]).log())
+        q.log_s3.copy_(torch.tensor([[1.0], [0.8]]).log())
+    assert q.codes(W).tolist() == [[1, 2], [-3, 3]]
+    torch.testing.assert_close(q(W), torch.tensor([[0.5, 1.0], [-1.5, 1.5]]))
+
+
+@over_grids
+@over_scope
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("p", [1.0, 2.0, 2.4, 4.0])
+def test_search_is_never_worse_than_min_max_and_close_to_the_best(symmetric, per_channel, bits, p):
+    for seed in range(3):
+        W = weight((8, 60), seed)
+        W[3, 7] *= 6                                                 # an outlier
+        log_s1, z = search_range(W, bits, symmetric, per_channel, p)
+        rows, widest, z_widest = min_max(W, bits, symmetric, per_channel)
+        s1, z = log_s1.exp().reshape(-1, 1).numpy(), z.reshape(-1, 1).numpy()
+        found = lp_error(rows, s1, z, bits, symmetric, p)
+        assert (found <= lp_error(rows, widest, z_widest, bits, symmetric, p) * (1 + 1e-9)).all()
+        best = np.min([lp_error(rows, widest * f, z_widest, bits, symmetric, p)
+                       for f in np.linspace(0.02, 1, 2000)], axis=0)
+        assert (found <= 1.1 * best).all()                           # spiky with 60 weights
+
+
+def test_the_exponent_of_the_search_matters():
+    W = weight((8, 60))
+    rows = W.numpy().reshape(1, -1)
+    s2, s4 = (search_range(W, 3, p=p)[0].exp().numpy() for p in (2.0, 4.0))
+    assert s2 < s4                                                   # p = 4 shuns clipping
+    assert lp_error(rows, s2, 0, 3, True, 2) < lp_error(rows, s4, 0, 3, True, 2)
+    assert lp_error(rows, s4, 0, 3, True, 4) < lp_error(rows, s2, 0, 3, True, 4)
+
+
+@over_methods
+@over_grids
+def test_an_all_zero_channel_has_step_one(method, symmetric):
+    W = weight((4, 3, 3, 3), dtype=torch.float32)
+    W[2] = 0
+    q = METHODS[method](W, 4, symmetric, True).eval()
+    assert q.s1[2].item() == 1 and torch.isfinite(q.log_s1).all()
+    assert not q(W)[2].any()
+    assert RoundToNearest(torch.zeros(3, 3), 4, symmetric).s1 == 1
+
+
+def test_an_asymmetric_range_holds_zero():
+    for sign in (1, -1):
+        W = sign * (3 + torch.rand(4, 50, generator=torch.Generator().manual_seed(0)))
+        q = RoundToNearest(W, 4, symmetric=False)
+        assert q.zero_point == (0 if sign > 0 else 15)
+        assert q(torch.zeros(1, 1)) == 0
+        assert (q(W) - W).abs().max() < 0.2                          # steps of 4 / 15
+
+
+@pytest.mark.parametrize("scale", [1e-20, 1e20])
+def test_the_search_does_not_depend_on_the_unit_of_W(scale):
+    W = weight((5, 40))
+    for p in (2.0, 4.0):
+        a, b = (search_range(X, 3, False, True, p) for X in (W, W * scale))
+        torch.testing.assert_close(a[0].exp() * scale, b[0].exp())
+        assert torch.equal(a[1], b[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@over_methods
+def test_factors_take_the_dtype_of_W(method, dtype):
+    W = weight((6, 5), dtype=dtype)
+    q = METHODS[method](W, 4).eval()
+    assert {t.dtype for t in (*q.parameters(), q.log_s1, q(W))} == {dtype}
+    assert (q(W) - W).abs().max() < W.abs().max() / 4
+
+
+@pytest.mark.slow
+def test_a_large_weight_is_searched_in_seconds():
+    W = torch.randn(4096, 4096)
+    began = time.perf_counter()
+    search_range(W, 4, per_channel=True)
+    assert time.perf_counter() - began < 20                          # 2 s on 2 idle cores
+
+
+def test_adaround_is_soft_in_train_mode_only():
+    W = weight((6, 5), dtype=torch.float32)
+    q, rtn = AdaRound(W, 3), RoundToNearest(W, 3)
+    clamped = W.clamp(-4 * q.s1, 3 * q.s1)
+    q.train()
+    torch.testing.assert_close(q(W), clamped)                        # h is the cut-off fraction
+    assert torch.equal(q.codes(W), rtn.codes(W))                     # codes are hard in any mode
+    q.eval()
+    assert torch.equal(q(W), rtn(W))
+
+
+def test_adaround_rounds_exact_ties_up_and_nothing_else_differs(monkeypatch):
+    monkeypatch.setattr(flexround, "search_range", lambda *a: (torch.zeros(()), torch.tensor(0)))
+    W = torch.tensor([[0.5, 1.5, -0.5, -1.5, 3.5, 9.0, -9.0, 0.4999999, 0.5000001, 0.0, -1e-9]])
+    assert RoundToNearest(W, 3).codes(W).tolist() == [[0, 2, 0, -2, 3, 3, -4, 0, 1, 0, 0]]
+    assert AdaRound(W, 3).codes(W).tolist() == [[1, 2, 0, -1, 3, 3, -4, 0, 1, 0, 0]]
+
+
+def test_adarounds_schedule_and_regulariser():
+    schedule = {0.0: (0, 20), 0.199: (0, 20), 0.2: (0.01, 20), 0.4: (0.01, 15.5), 0.6: (0.01, 11),
+                0.8: (0.01, 6.5), 1.0: (0.01, 2)}
+    for t, expected in schedule.items():
+        assert AdaRound.schedule(t) == pytest.approx(expected)
+    q = AdaRound(weight((1, 3)), 3)
+    with torch.no_grad():                                            # h = 0.5, 1 and 0.2
+        q.V.copy_(torch.tensor([[0.0, 9.0, np.log(0.25 / 0.75)]]))
+    torch.testing.assert_close(q.h().flatten().tolist(), [0.5, 1.0, 0.2])
+    assert float(q.regulariser(2.0).detach()) == pytest.approx(1 + 0 + (1 - 0.6 ** 2))
+    assert float(q.regulariser(3.0).detach()) == pytest.approx(1 + 0 + (1 - 0.6 ** 3))
+
+
+def test_adaquant_adds_in_the_units_of_W():
+    W = torch.tensor([[0.9, -0.4, 0.24, 0.1]])
+    q = AdaQuant(W, 3)
+    with torch.no_grad():
+        q.log_s1.copy_(torch.tensor(0.5).log())
+        q.V.copy_(torch.tensor([[0.4, 0.0, 0.02, -0.5]]))
+    assert q.codes(W).tolist() == [[3, -1, 1, -1]]                   # 2.6, -0.8, 0.52, -0.8
+
+
+@over_shapes
+def test_which_factors_there_are(shape):
+    W = weight(shape)
+    C_out, C_in, *kernel = shape
+    q = FlexRound(W, 4)
+    ones = [1] * len(kernel)
+    assert q.S2.shape == shape and q.s3.shape == (C_out, 1, *ones)
+    assert q.s4.shape == (1, C_in, *ones) if kernel else q.s4 is None
+    assert all((f == 1).all() for f in (q.S2, q.s3, *([q.s4] if kernel else [])))
+    learned = {"log_s1", "log_S2", "log_s3"} | ({"log_s4"} if kernel else set())
+    assert {n for n, _ in q.named_parameters()} == learned
+    fixed = FlexRound(W, 4, learn_s1=False)
+    assert {n for n, _ in fixed.named_parameters()} == learned - {"log_s1"}
+    assert "log_s1" in dict(fixed.named_buffers())
+    bare = FlexRound(W, 4, use_s3_s4=False)
+    assert {n for n, _ in bare.named_parameters()} == {"log_s1", "log_S2"}
+    assert bare.s3 is None and bare.s4 is None
+    assert torch.equal(bare(W), q(W)) and torch.equal(fixed(W), q(W))
+    assert not list(RoundToNearest(W, 4).parameters())
+    assert [n for n, _ in AdaRound(W, 4).named_parameters()] == ["V"]
+    assert {n for n, _ in AdaQuant(W, 4).named_parameters()} == {"log_s1", "V"}
+
+
+# ---- 2. Gradients ----------------------------------------------------------------------------------
+
+@over_shapes
+@over_grids
+@over_scope
+def test_forward_and_gradients_agree_with_the_loops_in_numpy(shape, symmetric, per_channel):
+    q, W = disturbed(shape, 3, symmetric, per_channel)
+    G = weight(shape, seed=9)
+    q(W).backward(G)
+    W_hat, codes, grads = slow_flexround(q, W, G)
+    np.testing.assert_allclose(q(W).detach(), W_hat, rtol=1e-12)
+    np.testing.assert_array_equal(q.codes(W), codes)
+    assert codes.min() == q.lo and codes.max() == q.hi               # the clamp took part
+    for name, expected in grads.items():                             # dL/dlog f = f * dL/df
+        factor, log = getattr(q, name).detach().numpy(), getattr(q, f"log_{name}")
+        np.testing.assert_allclose(log.grad, factor * expected, rtol=1e-10, atol=1e-12,
+                                   err_msg=name)
+        assert np.abs(expected).max() > 0
+
+
+@over_shapes
+@over_grids
+@over_scope
+def test_gradients_of_adaquant_in_closed_form(shape, symmetric, per_channel):
+    q, W = disturbed(shape, 3, symmetric, per_channel, AdaQuant)
+    G = weight(shape, seed=9)
+    q(W).backward(G)
+    u = (W + q.V.detach()) / q.s1.detach()
+    code = u.round() + q.zero_point
+    inside = ((code >= q.lo) & (code <= q.hi)).double()
+    k = code.clamp(q.lo, q.hi) - q.zero_point
+    torch.testing.assert_close(q.V.grad, inside * G)                 # addition: W does not appear
+    share = G * (k - inside * u) * q.s1.detach()
+    over = tuple(range(1, W.dim()))
+    torch.testing.assert_close(q.log_s1.grad, share.sum(over, keepdim=True) if per_channel
+                               else share.sum())
+    assert 0 < inside.sum() < inside.numel()
+
+
+@over_grids
+def test_gradient_of_adaround_is_the_true_one(symmetric):
+    q, W = disturbed((4, 3, 3, 3), 3, symmetric, cls=AdaRound)
+    q.train()
+    k = torch.floor(W / q.s1) + q.h().detach()
+    lo, hi = q.bounds
+    kinks = ((k - lo).abs() < 1e-3) | ((k - hi).abs() < 1e-3) | (q.h() < 1e-3) | (q.h() > 1 - 1e-3)
+    mask = (~kinks).double()
+    assert mask.mean() > 0.5
+
+    def surface(V):
+        return mask * torch.func.functional_call(q, {"V": V}, (W,))
+
+    assert torch.autograd.gradcheck(surface, (q.V.detach().clone().requires_grad_(),))
+
+
+def frozen_residual(q, W):
+    """The quantizer with round(u) replaced by u + c, c = round(u0) - u0 held constant, and a mask of
+    the weights that do not sit on the clamp's kink. Smooth; its gradients are the estimator's."""
+    names = [n for n, _ in q.named_parameters()]
+    start = [p.detach().clone().requires_grad_() for p in q.parameters()]
+    rest = {n: b for n, b in q.named_buffers()}
+
+    def u_of(logs):
+        f = dict(zip(names, logs, strict=True))
+        log_S = sum(f[n] for n in names if n != "log_s1") + f.get("log_s1", rest.get("log_s1"))
+        return W / log_S.exp(), f.get("log_s1", rest.get("log_s1")).exp()
+
+    u0 = u_of(start)[0].detach()
+    c = u0.round() - u0
+    lo, hi = (torch.as_tensor(b).expand(W.shape) for b in q.bounds)
+    smooth = ((u0.round() != lo) & (u0.round() != hi)).double()
+
+    def surrogate(*logs):
+        u, s1 = u_of(logs)
+        return smooth * s1 * torch.minimum(torch.maximum(u + c, lo.to(W)), hi.to(W))
+
+    return surrogate, start, smooth
+
+
+@over_shapes
+@over_grids
+@over_scope
+def test_gradcheck_of_the_frozen_residual(shape, symmetric, per_channel):
+    q, W = disturbed(shape, 3, symmetric, per_channel)
+    surrogate, start, smooth = frozen_residual(q, W)
+    assert 0.4 < smooth.mean() < 1
+    assert torch.autograd.gradcheck(surrogate, start)
+    # ... and the quantizer's own gradients are the surrogate's.
+    G = weight(shape, seed=9) * smooth
+    surrogate(*start).backward(G)
+    q(W).backward(G)
+    for p, s in zip(q.parameters(), start, strict=True):
+        torch.testing.assert_close(p.grad, s.grad)
+
+
+@pytest.mark.parametrize("cls", [FlexRound, AdaQuant])
+def test_negative_control_gradcheck_rejects_the_estimator_itself(cls):
+    """round() is flat: numerically nothing moves. The estimator is a choice, not a derivative."""
+    q, W = disturbed((6, 5), cls=cls)
+    names = [n for n, _ in q.named_parameters()]
+
+    def raw(*values):
+        return torch.func.functional_call(q, dict(zip(names, values, strict=True)), (W,))
+
+    values = tuple(p.detach().clone().requires_grad_() for p in q.parameters())
+    assert not torch.autograd.gradcheck(raw, values, raise_exception=False)
+
+
+@over_shapes
+def test_proposition_3_1_as_a_property(shape):
+    W = weight(shape)
+    q, a = FlexRound(W, 3), AdaQuant(W, 3)
+    with torch.no_grad():                                            # so that some lie outside
+        q.log_s1.sub_(0.5)
+        a.log_s1.sub_(0.5)
+    q(W).sum().backward()                                            # G = 1, S2 = s3 = s4 = 1
+    code = (W / q.s1.detach()).round()
+    inside = (code >= -4) & (code <= 3)
+    assert 0 < inside.sum() < inside.numel()
+    torch.testing.assert_close(q.log_S2.grad, torch.where(inside, -W, 0.0))
+    # Addition does not look at the weight: the same |gradient| for each.
+    a(W).sum().backward()
+    torch.testing.assert_close(a.V.grad, inside.double())
+    # s1 cancels: another step, the same gradient, as long as the weight stays inside.
+    with torch.no_grad():
+        q.log_s1.add_(np.log(4.0))
+    q.zero_grad()
+    q(W).sum().backward()
+    torch.testing.assert_close(q.log_S2.grad[inside], -W[inside])
+
+
+def test_the_mask_exactly_at_the_bound():
+    """Inside is lo <= round(u) <= hi, bounds included, as docstring and README say. Pinned here."""
+    u = torch.tensor([-5.0, -4.51, -4.49, -4.0, 0.0, 2.9, 3.0, 3.49, 3.51, 4.0])
+    q = FlexRound(u[None], 3)
+    with torch.no_grad():
+        q.log_s1.zero_()                                             # a step of 1: W is u
+    q(u[None]).sum().backward()
+    inside = torch.tensor([False, False, True, True, True, True, True, True, False, False])
+    assert torch.equal(q.log_S2.grad[0] != 0, inside & (u != 0))
+    x = u.clone().requires_grad_()
+    flexround.Clamp.apply(x, -4, 3).sum().backward()
+    assert x.grad.tolist() == [0, 0, 0, 1, 1, 1, 1, 0, 0, 0]
+    r = u.clone().requires_grad_()
+    flexround.Round.apply(r).sum().backward()
+    assert r.grad.tolist() == [1] * 10
+    halves = torch.tensor([0.5, 1.5, 2.5, -0.5, -1.5])
+    assert flexround.Round.apply(halves).tolist() == [0, 2, 2, 0, -2]    # ties to even
+    q = AdaRound(torch.zeros(1, 3), 3)                               # h exactly at 0 and 1 passes
+    x = torch.tensor([-0.01, 0.0, 1.0, 1.01], requires_grad=True)
+    flexround.Clamp.apply(x, 0, 1).sum().backward()
+    assert x.grad.tolist() == [0, 1, 1, 0]
+
+
+# ---- 3. The seam -----------------------------------------------------------------------------------
+
+class Doubled(nn.Conv2d):
+    """A layer with a forward of its own."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+LAYERS = {
+    "linear": lambda: nn.Linear(5, 4),
+    "no bias": lambda: nn.Linear(5, 4, bias=False),
+    "strided": lambda: nn.Conv2d(4, 6, 3, stride=2, padding=1),
+    "dilated, reflected": lambda: nn.Conv2d(4, 6, 3, dilation=2, padding=2, padding_mode="reflect"),
+    "same, circular": lambda: nn.Conv2d(4, 6, (3, 1), padding="same", padding_mode="circular"),
+    "grouped": lambda: nn.Conv2d(4, 6, 3, groups=2),
+    "depthwise": lambda: nn.Conv2d(4, 4, 3, groups=4),
+    "subclass": lambda: Doubled(4, 6, 3),
+}
+over_layers = pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS)
+
+
+def inputs_of(layer):
+    g = torch.Generator().manual_seed(1)
+    return torch.randn(*((7, 5) if isinstance(layer, nn.Linear) else (2, 4, 9, 9)), generator=g)
+
+
+@over_layers
+@over_methods
+def test_a_layer_keeps_its_own_forward_and_folds_bit_for_bit(make, method):
+    layer = make()
+    keys, cls = set(layer.state_dict()), type(layer)
+    x, W = inputs_of(layer), layer.weight.detach().clone()
+    quantize_layers(layer, ReconstructionConfig(method, 3))
+    layer.eval()
+    q = quantizers(layer)[""]
+    twin = make()                                                    # a float layer that holds W_hat
+    with torch.no_grad():
+        twin.weight.copy_(q(W))
+        if layer.bias is not None:
+            twin.bias.copy_(layer.bias)
+    y = layer(x)
+    assert torch.equal(layer.weight, q(W)) and torch.equal(y, twin(x))
+    assert isinstance(layer, cls)
+    layer.train()                                                    # fold takes hard codes anyway
+    assert fold(layer) is layer
+    assert type(layer) is cls and set(layer.state_dict()) == keys
+    assert isinstance(layer.weight, nn.Parameter) and layer.weight.requires_grad
+    assert torch.equal(layer.weight, twin.weight) and torch.equal(layer(x), y)
+
+
+@over_layers
+def test_gradient_reaches_the_factors_and_no_weight(make):
+    layer = make().requires_grad_(False)
+    quantize_layers(layer, ReconstructionConfig())
+    layer(inputs_of(layer)).square().sum().backward()
+    assert layer.parametrizations.weight.original.grad is None
+    assert all(p.grad.abs().sum() > 0 for p in quantizers(layer)[""].parameters())
+
+
+def test_folding_a_deep_copy_leaves_the_original_whole_and_the_reverse():
+    x = torch.randn(2, 3, 8, 8)
+    for first in (0, 1):
+        net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(144, 5))
+        quantize_layers(net, ReconstructionConfig(bits=3))
+        pair = [net, copy.deepcopy(net)]
+        y = net(x)
+        fold(pair[first])
+        assert torch.equal(pair[1 - first](x), y) and torch.equal(pair[first](x), y)
+        assert not quantizers(pair[first]) and len(quantizers(pair[1 - first])) == 2
+        fold(pair[1 - first])
+        assert torch.equal(pair[1 - first](x), y)
+        assert type(net[0]) is nn.Conv2d and type(pair[1][2]) is nn.Linear
+
+
+def test_unfolding_puts_the_float_weight_back():
+    net = nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3))
+    before = copy.deepcopy(net.state_dict())
+    quantize_layers(net, ReconstructionConfig(bits=2))
+    assert fold(net, keep=False) is net
+    assert set(net.state_dict()) == set(before)
+    assert all(torch.equal(net.state_dict()[k], v) for k, v in before.items())
+
+
+@over_methods
+@over_grids
+def test_state_dict_round_trip_and_to(method, symmetric):
+    def make():
+        net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(144, 5)).eval()
+        quantize_layers(net, ReconstructionConfig(method, 3, symmetric, per_channel=True))
+        return net.eval()
+
+    net, other = make(), make()
+    with torch.no_grad():
+        for q in quantizers(net).values():
+            for p in q.parameters():
+                p.add_(0.1 * torch.randn_like(p))
+    x = torch.randn(2, 3, 8, 8)
+    assert not torch.equal(net(x), other(x))
+    other.load_state_dict(net.state_dict())
+    assert torch.equal(net(x), other(x))
+    net.to(torch.float64)
+    q = quantizers(net)["0"]
+    assert q.s1.dtype == torch.float64 and q.zero_point.dtype == torch.int32
+    assert net(x.double()).dtype == torch.float64
+
+
+def test_names_bits_and_what_is_skipped():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(144, 5), nn.Linear(5, 5))
+    made = quantize_layers(net, ReconstructionConfig(bits=3), {"2": 8}, skip=("3",))
+    assert {name: q.bits for name, q in made.items()} == {"0": 3, "2": 8}
+    assert type(net[3]) is nn.Linear
+    assert quantizers(net) == made
+
+
+def test_a_head_tied_to_an_embedding_stays_float():
+    net = nn.Sequential(nn.Embedding(7, 5), nn.Linear(5, 5), nn.Linear(5, 7, bias=False))
+    net[2].weight = net[0].weight
+    assert list(quantize_layers(net, ReconstructionConfig(bits=3))) == ["1"]
+    assert net[2].weight is net[0].weight
+
+
+# ---- 4. Reconstruction -----------------------------------------------------------------------------
+
+def small_block(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1))
+
+
+RATES = {"rtn": None, "adaround": 0.03, "adaquant": 0.003, "flexround": 0.003}     # for this block
+
+
+def prepared(method="flexround", bits=3, x=None, **settings):
+    """A quantized block, its inputs, targets and config."""
+    settings = {"iterations": 60, "batch_size": 8, "lr": RATES[method], **settings}
+    config = ReconstructionConfig(method, bits, **settings)
+    block = small_block()
+    x = correlated(32, 3, 6, 6) if x is None else x
+    y = block(x).detach()
+    quantize_layers(block, config)
+    return block, x, y, config
+
+
+def test_the_reduction_of_the_loss():
+    """Squared error summed over channels, mean over the rest: by hand, for each shape."""
+    for shape, expected in (((2, 3, 4, 5), 3 * 4), ((2, 7, 5), 5 * 4), ((6, 5), 5 * 4)):
+        assert float(reconstruct.block_loss(torch.zeros(shape), torch.full(shape, 2.0))) == expected
+    y = torch.zeros(2, 3, 4, 5)
+    y[1, :, 2, 3] = torch.tensor([1.0, 2.0, 3.0])
+    assert float(reconstruct.block_loss(y, 0 * y)) == pytest.approx(14 / 40)
+    y = torch.zeros(2, 4, 3)
+    y[1, 2] = torch.tensor([1.0, 2.0, 3.0])
+    assert float(reconstruct.block_loss(y, 0 * y)) == pytest.approx(14 / 8)
+
+
+def test_when_all_of_the_calibration_set_is_evaluated():
+    assert reconstruct.evaluation_marks(250) == {25, 50, 75, 100, 125, 150, 175, 200, 225, 250}
+    assert reconstruct.evaluation_marks(25) == {2, 5, 7, 10, 12, 15, 17, 20, 22, 25}
+    assert reconstruct.evaluation_marks(3) == {1, 2, 3}
+    assert reconstruct.evaluation_marks(1) == {1}
+    for method in ("adaround", "flexround"):
+        block, x, y, config = prepared(method, iterations=25)
+        seen = []
+        report = reconstruct_block(block, x, y, config, progress=lambda *a: seen.append(a))
+        assert [i for i, _ in report.evaluations] == [0, 2, 5, 7, 10, 12, 15, 17, 20, 22, 25]
+        assert seen == report.evaluations and len(report.history) == 25
+
+
+@pytest.mark.parametrize("method", ["adaround", "adaquant", "flexround"])
+@over_grids
+@over_scope
+def test_the_loss_falls(method, symmetric, per_channel):
+    block, x, y, config = prepared(method, symmetric=symmetric, per_channel=per_channel,
+                                   iterations=200)
+    report = reconstruct_block(block, x, y, config)
+    assert report.final_loss < 0.85 * report.start_loss
+    assert report.final_loss == min(loss for _, loss in report.evaluations)
+    assert (report.best_iteration, report.final_loss) in report.evaluations
+    # What is reported is the kept state's loss with hard codes on all inputs at once.
+    assert float(reconstruct.block_loss(block(x), y)) == pytest.approx(report.final_loss, rel=1e-4)
+    assert float(reconstruct.block_loss(fold(block)(x), y)) == pytest.approx(report.final_loss,
+                                                                             rel=1e-4)
+
+
+@pytest.mark.parametrize("method", ["adaround", "adaquant", "flexround"])
+def test_same_seed_same_bits(method):
+    states, histories = [], []
+    for seed in (0, 0, 1):
+        block, x, y, config = prepared(method, seed=seed, input_drop=0.5)
+        torch.manual_seed(len(states))                               # the global stream is not used
+        report = reconstruct_block(block, x, y, config, x_fp=x + 0.1)
+        states.append(block.state_dict())
+        histories.append(report.history)
+    assert histories[0] == histories[1] != histories[2]
+    assert all(torch.equal(states[0][k], states[1][k]) for k in states[0])
+    block, x, y, config = prepared(method, input_drop=0.5)
+    assert reconstruct_block(block, x, y, config, x + 0.1, index=1).history != histories[0]
+
+
+@pytest.mark.parametrize("method", ["rtn", "adaround", "adaquant", "flexround"])
+def test_only_the_quantizers_parameters_are_touched(method):
+    block, x, y, config = prepared(method)
+    block.insert(1, nn.BatchNorm2d(16))
+    block[0].bias.requires_grad_(False)
+    block.train()
+    others = {n: v.clone() for n, v in block.state_dict().items() if "weight.0." not in n}
+    required = {n: p.requires_grad for n, p in block.named_parameters() if "weight.0." not in n}
+    learned = [p for q in quantizers(block).values() for p in q.parameters()]
+    before = [p.detach().clone() for p in learned]
+    reconstruct_block(block, x, y, config)
+    after = block.state_dict()
+    assert all(torch.equal(after[n], v) for n, v in others.items())
+    assert required == {n: p.requires_grad for n, p in block.named_parameters()
+                        if "weight.0." not in n}
+    assert not required["0.bias"] and sum(required.values()) == 5
+    assert all(p.grad is None and not (p.requires_grad and "weight.0." in n)
+               for n, p in block.named_parameters())
+    assert all(not torch.equal(a, b) for a, b in zip(before, learned, strict=True))
+    assert not any(m.training for m in block.modules())
+
+
+@pytest.mark.parametrize("method", ["adaround", "adaquant", "flexround"])
+def test_never_worse_than_round_to_nearest_on_white_noise(method):
+    """With a rate that is far too high, on inputs without structure, the start is what is kept."""
+    for lr in (RATES[method], 0.5 if method == "flexround" else 3.0):
+        x = torch.randn(32, 3, 6, 6, generator=torch.Generator().manual_seed(5))
+        block, x, y, config = prepared(method, 4, x, lr=lr)
+        rtn = copy.deepcopy(block)
+        for q in quantizers(rtn).values():
+            q.eval()
+        start = float(reconstruct.block_loss(rtn(x), y))
+        report = reconstruct_block(block, x, y, config)
+        assert report.start_loss == pytest.approx(start, rel=1e-4)
+        assert float(reconstruct.block_loss(block(x), y)) <= start * (1 + 1e-6)
+    assert report.best_iteration == 0 and torch.equal(block[0].weight, rtn[0].weight)
+
+
+def test_input_drop_is_the_share_of_full_precision_inputs():
+    def history(drop, x_q, x_fp):
+        block, _, y, config = prepared(input_drop=drop)
+        report = reconstruct_block(block, x_q, y, config, x_fp)
+        return report.history, report.start_loss
+
+    x = correlated(32, 3, 6, 6)
+    noisy = x + 0.3 * torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
+    only_q, only_fp = history(0.0, noisy, None), history(0.0, x, None)
+    assert history(0.0, noisy, x) == only_q                          # 0: X_tilde alone
+    all_fp = history(1.0, noisy, x)
+    assert all_fp[0] == only_fp[0]                                   # 1: trained on X alone ...
+    assert all_fp[1] == only_q[1]                                    # ... evaluated on X_tilde
+    assert history(0.5, noisy, x)[0] not in (only_q[0], only_fp[0])
+
+
+def test_half_of_the_elements_are_dropped():
+    """The block reports the share of x_fp's elements (ones) among x_q's (zeros), one by one."""
+    shares = []
+
+    class Share(nn.Linear):
+        def forward(self, x):
+            if torch.is_grad_enabled():
+                shares.append(float(x.mean()))
+                assert 0 < x[0].mean() < 1                           # not whole rows
+            return super().forward(x)
+
+    block = Share(400, 2)
+    quantize_layers(block, config := ReconstructionConfig(iterations=20, batch_size=8, input_drop=0.3))
+    x_fp = torch.ones(16, 400)
+    reconstruct_block(block, 0 * x_fp, torch.zeros(16, 2), config, x_fp)
+    assert len(shares) == 20 and np.mean(shares) == pytest.approx(0.3, abs=0.02)
+    assert len(set(shares)) > 10                                     # anew at each iteration
+
+
+class Exploding(nn.Module):
+    """Returns NaN from the given training step on (evaluations run without gradients)."""
+
+    def __init__(self, step):
+        super().__init__()
+        self.step, self.count = step, 0
+
+    def forward(self, x):
+        self.count += torch.is_grad_enabled()
+        return x * float("nan") if self.count >= self.step else x
+
+
+def test_a_loss_that_is_not_finite_names_block_and_iteration():
+    block, x, y, config = prepared(iterations=50)
+    before = copy.deepcopy(block.state_dict())
+    broken = nn.Sequential(block, Exploding(12))
+    with pytest.raises(FloatingPointError, match=r"block 4: .* iteration 12 of 50"):
+        reconstruct_block(broken, x, y, config, index=4)
+    assert all(torch.equal(v, before[k]) for k, v in block.state_dict().items())
+
+
+def test_after_a_failure_the_block_is_float_and_earlier_ones_quantized():
+    first, second = small_block(), nn.Sequential(nn.Conv2d(16, 8, 3), Exploding(12))
+    before = copy.deepcopy(second.state_dict())
+    with pytest.raises(FloatingPointError, match="block 1"):
+        quantize_model([first, second], correlated(32, 3, 6, 6),
+                       ReconstructionConfig(iterations=50, batch_size=8))
+    assert len(quantizers(first)) == 2 and not quantizers(second)
+    assert type(second[0]) is nn.Conv2d and set(second.state_dict()) == set(before)
+    assert all(torch.equal(second.state_dict()[k], v) for k, v in before.items())
+    assert all(p.requires_grad for p in second.parameters())
+
+
+def test_an_interrupt_leaves_the_block_as_it_was():
+    def stop(iteration, loss):
+        if iteration > 20:
+            raise KeyboardInterrupt
+
+    block, x, y, config = prepared()
+    before = copy.deepcopy(block.state_dict())
+    with pytest.raises(KeyboardInterrupt):
+        reconstruct_block(block, x, y, config, progress=stop)
+    assert all(torch.equal(v, before[k]) for k, v in block.state_dict().items())
+
+
+def test_the_rate_falls_to_zero_along_a_cosine(monkeypatch):
+    rates = []
+    step = torch.optim.Adam.step
+
+    def spy(self, *args):
+        rates.append(self.param_groups[0]["lr"])
+        return step(self, *args)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", spy)
+    block, x, y, config = prepared(iterations=4, lr=0.01)
+    reconstruct_block(block, x, y, config)
+    assert rates == pytest.approx([0.01, 0.00853553, 0.005, 0.00146447], rel=1e-5)
+
+
+# ---- 5. Networks, end to end -----------------------------------------------------------------------
+
+def tiny(name):
+    """An untrained network, calibration inputs and the names of its layers, block by block."""
+    torch.manual_seed(0)
+    if name == "gpt":
+        gpt_layers = ["qkv", "out", "up", "down"]
+        return (models.GPT(11, context=16, layers=2, heads=2, width=16).eval(),
+                torch.randint(0, 11, (16, 16)), [[], gpt_layers, gpt_layers, []])
+    if name == "mobilenet":
+        net = models.MobileNet(widths=(4, 6), depth=1, channels=1)
+        inner = ["expand.0", "depthwise.0", "project.0"]
+        return (models.fold_batchnorm(net), correlated(16, 1, 8, 8), [["0"], inner, inner, ["0"], ["2"]])
+    net = models.ResNet(widths=(4, 6), depth=1, channels=1, shortcut=name.removeprefix("resnet "))
+    inner = ["conv1.0", "conv2.0"]
+    end = inner + ["shortcut.0"] * (name == "resnet conv")
+    return models.fold_batchnorm(net), correlated(16, 1, 8, 8), [["0"], inner, end, ["2"]]
+
+
+NETWORKS = ["resnet conv", "resnet pad", "mobilenet", "gpt"]
+QUICK = ReconstructionConfig(bits=3, iterations=20, batch_size=8)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_network_end_to_end(name):
+    net, x, layers = tiny(name)
+    net.train()
+    full = net.eval()(x).detach()
+    rtn = copy.deepcopy(net)
+    start = quantize_model(rtn.blocks, x, replace(QUICK, method="rtn"))
+    reports = quantize_model(net.blocks, x, QUICK)
+    assert [list(r.bits) for r in reports] == [names for names in layers if names]
+    assert [r.index for r in reports] == [i for i, names in enumerate(layers) if names]
+    bits = {f"{r.index}.{n}": b for r in reports for n, b in r.bits.items()}
+    ends = set() if name == "gpt" else {"0.0", f"{len(layers) - 1}.2"}
+    assert {n for n, b in bits.items() if b == 8} == ends and set(bits.values()) <= {3, 8}
+    assert all(r.final_loss <= r.start_loss for r in reports)
+    assert reports[-1].final_loss < start[-1].final_loss
+    assert not any(m.training for m in net.modules())
+    assert not any(p.requires_grad for q in quantizers(net).values() for p in q.parameters())
+    assert all(p.requires_grad for n, p in net.named_parameters() if "weight.0." not in n)
+    y = net(x)
+    assert torch.equal(fold(net)(x), y) and not torch.equal(y, full)
+    assert not quantizers(net)
+
+
+def test_each_block_gets_the_quantized_blocks_outputs_and_the_float_networks_targets():
+    net, x, _ = tiny("resnet conv")
+    floats = copy.deepcopy(net)
+    reports = quantize_model(net.blocks, x, QUICK)
+    x_fp, x_q = x, x
+    with torch.no_grad():
+        for i, report in enumerate(reports):
+            y_fp = floats.blocks[i](x_fp)
+            fresh = copy.deepcopy(floats.blocks[i])
+            quantize_layers(fresh, QUICK, report.bits)
+            fresh.eval()
+            loss = float(reconstruct.block_loss(fresh(x_q), y_fp))
+            assert loss == pytest.approx(report.start_loss, rel=1e-4), i
+            x_fp, x_q = y_fp, net.blocks[i](x_q)
+            assert float(reconstruct.block_loss(x_q, y_fp)) == pytest.approx(report.final_loss,
+                                                                             rel=1e-4), i
+
+
+def test_bits_of_ends_and_of_single_layers():
+    net, x, _ = tiny("resnet conv")
+    assert {b for p in reconstruct.plan(net.blocks, replace(QUICK, end_bits=None))
+            for b in p.values()} == {3}
+    config = replace(QUICK, method="rtn", end_bits=6, layer_bits={"1.conv1.0": 5, "0.0": 4})
+    reports = quantize_model(net.blocks, x, config)
+    assert [r.bits for r in reports] == [
+        {"0": 4}, {"conv1.0": 5, "conv2.0": 3}, {"conv1.0": 3, "conv2.0": 3, "shortcut.0": 3},
+        {"2": 6}]
+    assert net.blocks[1].conv1[0].parametrizations.weight[0].bits == 5
+    single = [nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)]           # a block that is a layer
+    config = replace(QUICK, method="rtn", layer_bits={"2": 4})
+    assert reconstruct.plan(single, config) == [{"": 8}, {}, {"": 4}]
+    assert [r.bits for r in quantize_model(single, torch.randn(9, 4), config)] == [{"": 8}, {"": 4}]
+
+
+def test_embeddings_and_the_tied_head_of_a_gpt_stay_float():
+    net, x, _ = tiny("gpt")
+    before = net.blocks[0].token.weight.detach().clone()
+    quantize_model(net.blocks, x, QUICK)
+    assert torch.equal(net.blocks[0].token.weight, before)
+    assert net.blocks[-1].project.weight is net.blocks[0].token.weight
+
+
+def test_blocks_behind_the_last_layer_are_not_run():
+    class Never(nn.Module):
+        def forward(self, x):
+            raise AssertionError("was run")
+
+    never = Never().train()
+    quantize_model([nn.Linear(4, 4), never, ][:1] + [nn.ReLU(), never], torch.randn(9, 4), QUICK)
+    assert not never.training
+
+
+def test_a_block_that_works_in_place_does_not_spoil_the_cache():
+    torch.manual_seed(0)
+    x = torch.randn(40, 4)
+    blocks = [nn.Sequential(nn.ReLU(inplace=True), nn.Linear(4, 4)) for _ in range(2)]
+    safe = copy.deepcopy(blocks)
+    for block in safe:
+        block[0] = nn.ReLU()
+    kept = x.clone()
+    a = quantize_model(blocks, x, QUICK)
+    b = quantize_model(safe, x, QUICK)
+    assert torch.equal(x, kept)
+    assert [r.final_loss for r in a] == [r.final_loss for r in b]
+
+
+def test_the_size_of_the_cache_is_known_beforehand():
+    net, x, _ = tiny("resnet pad")
+    # The widest pair: 16 x (4 + 4) x 8 x 8 float32 into and out of block 1, both paths.
+    assert reconstruct.cache_bytes(net.blocks, x, QUICK) == 2 * 16 * (4 + 4) * 64 * 4
+
+
+@pytest.mark.parametrize("name", ["resnet conv", "resnet pad", "mobilenet"])
+def test_folding_batch_norm_changes_no_output(name):
+    torch.manual_seed(0)
+    net = (models.MobileNet(widths=(4, 6), depth=1) if name == "mobilenet" else
+           models.ResNet(widths=(4, 6), depth=1, shortcut=name.removeprefix("resnet ")))
+    x = torch.randn(16, 3, 8, 8)
+    for _ in range(20):
+        net(x)                                                       # running statistics
+    for m in net.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            nn.init.uniform_(m.weight, 0.5, 2.0)
+            nn.init.uniform_(m.bias)
+    y = net.eval()(x)
+    assert models.fold_batchnorm(net) is net
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in net.modules())
+    torch.testing.assert_close(net(x), y, rtol=1e-4, atol=1e-4)
+    with pytest.warns(UserWarning, match="not folded"):
+        models.fold_batchnorm(nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 3, 1)))
+
+
+def test_a_gpt_looks_only_back():
+    net, x, _ = tiny("gpt")
+    y = net(x)
+    assert y.shape == (16, 16, 11)
+    changed = x.clone()
+    changed[:, 9] = (changed[:, 9] + 1) % 11
+    same = (net(changed) == y).all(2)
+    assert same[:, :9].all() and not same[:, 9].any()
+    with pytest.raises(ValueError, match="17 tokens: at most 16"):
+        net(torch.zeros(1, 17, dtype=torch.long))
+
+
+def test_accuracy_and_perplexity_by_hand():
+    class Fixed(nn.Module):
+        def forward(self, x):
+            return x
+
+    x = torch.eye(4)[torch.tensor([0, 1, 2, 3, 0])]
+    assert models.accuracy(Fixed(), x, torch.tensor([0, 1, 2, 0, 0]), batch_size=2) == 80
+
+    class Uniform(nn.Module):
+        def forward(self, tokens):
+            return torch.zeros(*tokens.shape, 7)
+
+    tokens = torch.randint(0, 7, (100,))
+    assert models.perplexity(Uniform(), tokens, 16) == pytest.approx(7)
+
+    class Knows(nn.Module):                                          # the next token is x + 1: p = 0.5
+        def forward(self, tokens):
+            logits = torch.full((*tokens.shape, 120), -1e9)
+            logits.scatter_(2, tokens[..., None] + 1, 0.0)
+            return logits.scatter_(2, torch.full_like(tokens, 119)[..., None], 0.0)
+
+    assert models.perplexity(Knows(), torch.arange(100), 16, batch_size=2) == pytest.approx(2)
+    with pytest.raises(ValueError, match="16 tokens"):
+        models.perplexity(Uniform(), tokens[:16], 16)
+
+
+def akamaster_checkpoint(net):
+    """The state of our ResNet-20 under the public checkpoint's names."""
+    kind, state = {"0": "conv", "1": "bn"}, {}
+    for key, value in net.state_dict().items():
+        _, i, *rest = key.split(".")
+        if i == "0":
+            name = f"{kind[rest[0]]}1.{rest[1]}"
+        elif i == "10":
+            name = f"linear.{rest[1]}"
+        else:
+            stage, j = divmod(int(i) - 1, 3)
+            name = f"layer{stage + 1}.{j}.{kind[rest[1]]}{rest[0][-1]}.{rest[2]}"
+        if "num_batches" not in name:
+            state[f"module.{name}"] = value
+    return {"state_dict": state, "best_prec1": 91.7}
+
+
+def test_the_resnet20_checkpoint_is_read_and_others_are_refused(tmp_path):
+    torch.manual_seed(0)
+    source = models.ResNet(shortcut="pad").eval()
+    good = akamaster_checkpoint(source)
+    assert "module.layer3.2.bn2.running_var" in good["state_dict"]
+    torch.save(good, tmp_path / "good.th")
+    x = torch.randn(2, 3, 32, 32)
+    net = models.resnet20(tmp_path / "good.th")
+    assert torch.equal(net(x), source(x)) and not net.training
+    assert sum(p.numel() for p in net.parameters()) == 269_722       # 0.27 M, He et al.
+
+    good["state_dict"]["module.layer2.0.conv1.weight"] = torch.zeros(32, 16, 5, 5)
+    torch.save(good, tmp_path / "shape.th")
+    with pytest.raises(ValueError, match=r"layer2.0.conv1.weight.*\(32, 16, 5, 5\).*\(32, 16, 3, 3\)"):
+        models.resnet20(tmp_path / "shape.th")
+    torch.save({"a": torch.zeros(1)}, tmp_path / "other.th")
+    with pytest.raises(ValueError, match="holds 1 tensors"):
+        models.resnet20(tmp_path / "other.th")
+    (tmp_path / "cut.th").write_bytes((tmp_path / "good.th").read_bytes()[:1000])
+    with pytest.raises(ValueError, match="cut.th"):
+        models.resnet20(tmp_path / "cut.th")
+    with pytest.raises(FileNotFoundError):
+        models.resnet20(tmp_path / "none.th")
+
+
+def test_no_network_gives_one_clear_error(tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    with pytest.raises(RuntimeError, match="could not download .*resnet20-12fca82f.th"):
+        models.resnet20()
+
+
+def test_cifar10_is_read_from_its_binary_files(tmp_path):
+    record = np.zeros((3, 3073), np.uint8)
+    record[:, 0] = [3, 1, 9]
+    record[1, 1] = 255                                               # red, top left
+    record[2, 1 + 1024 + 32 * 5 + 7] = 51                            # green, row 5, column 7
+    record.tofile(tmp_path / "test_batch.bin")
+    x, y = models.cifar10(tmp_path, train=False)
+    assert x.shape == (3, 3, 32, 32) and y.tolist() == [3, 1, 9]
+    assert float(x[0, 0, 0, 0]) == pytest.approx(-0.485 / 0.229)
+    assert float(x[1, 0, 0, 0]) == pytest.approx((1 - 0.485) / 0.229)
+    assert float(x[2, 1, 5, 7]) == pytest.approx((0.2 - 0.456) / 0.224, rel=1e-5)
+    with pytest.raises(FileNotFoundError, match="data_batch"):
+        models.cifar10(tmp_path, train=True)
+    (tmp_path / "test_batch.bin").write_bytes(record.tobytes()[:-1])
+    with pytest.raises(ValueError, match="9218 bytes"):
+        models.cifar10(tmp_path, train=False)
+
+
+def test_digits_and_text_need_no_download():
+    x, y, x_test, y_test = models.digits()
+    assert x.shape == (1200, 1, 8, 8) and x_test.shape == (597, 1, 8, 8)
+    assert len(set(y.tolist())) == 10 and abs(float(x.mean())) < 1e-5
+    string = models.text()
+    assert len(string) > 100_000 and re.fullmatch("[0-9a-f]{8}", models.fingerprint(string))
+    tokens, vocabulary = models.characters("banana")
+    assert tokens.tolist() == [1, 0, 2, 0, 2, 0] and vocabulary == "abn"
+
+
+def test_training_is_the_same_from_the_same_seed(tmp_path):
+    def net():
+        torch.manual_seed(0)
+        return models.GPT(11, context=8, layers=1, heads=2, width=16)
+
+    tokens = torch.arange(500) % 11
+    a, b, c = (models.train_gpt(net(), tokens, steps=30, seed=s) for s in (0, 0, 1))
+    assert torch.equal(a(tokens[None, :8]), b(tokens[None, :8]))
+    assert not torch.equal(a(tokens[None, :8]), c(tokens[None, :8]))
+    assert models.perplexity(a, tokens, 8) < models.perplexity(net(), tokens, 8)
+
+
+def test_a_trained_network_is_kept_and_a_foreign_file_refused(tmp_path):
+    calls = []
+    path = tmp_path / "deep" / "net.pt"
+
+    def fit(net):
+        calls.append(net)
+        nn.init.ones_(net.weight)
+
+    models.trained(nn.Linear(2, 2), path, fit)
+    again = models.trained(nn.Linear(2, 2), path, fit)
+    assert len(calls) == 1 and (again.weight == 1).all()
+    assert [f.name for f in path.parent.iterdir()] == ["net.pt"]
+    with pytest.raises(ValueError, match="delete it"):
+        models.trained(nn.Linear(3, 2), path, fit)
+    path.write_bytes(b"nothing")
+    with pytest.raises(ValueError, match="delete it"):
+        models.trained(nn.Linear(2, 2), path, fit)
+
+
+def command(*arguments, cwd=HERE):
+    return subprocess.run([sys.executable, str(HERE / "reconstruct.py"), *arguments], cwd=cwd,
+                          capture_output=True, text=True)
+
+
+def rows_of(output):
+    """The table of the main job: {(network, bits): [cells]}."""
+    rows = [[c.strip() for c in line.strip("|").split("|")] for line in output.splitlines()
+            if line.startswith("|")]
+    return {(r[0], r[1]): r[2:] for r in rows[2:]}
+
+
+def test_the_main_job_in_small(tmp_path):
+    string = "the quick brown fox jumps over the lazy dog; " * 300
+    (tmp_path / "text.txt").write_text(string)
+    torch.manual_seed(0)
+    tokens, vocabulary = models.characters(string)
+    net = models.GPT(len(vocabulary), context=64, layers=3, heads=4, width=64)
+    (tmp_path / "cache").mkdir()
+    torch.save(net.state_dict(), tmp_path / "cache" / f"gpt-{models.fingerprint(string)}.pt")
+    done = command("--model", "gpt", "--data", "text.txt", "--bits", "3", "2", "--iterations", "2",
+                   "--samples", "16", "--method", "adaquant", "flexround", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = rows_of(done.stdout)
+    assert list(rows) == [("gpt", "3"), ("gpt", "2")]
+    for cells in rows.values():
+        assert len(cells) == 4                                       # full precision, 3 methods
+        assert re.fullmatch(r"\d+\.\d\d", cells[0])
+        assert all(re.fullmatch(r"\d+\.\d\d \(\d\.\d{3}, \d+ s\)", c) for c in cells[1:])
+        assert "(1.000," in cells[1]
+    assert "16 calibration inputs" in done.stdout and "12 layers" in done.stdout
+    assert "%|" not in done.stderr                                   # no bar without a terminal
+
+
+@pytest.mark.slow
+def test_the_main_job_as_the_readme_runs_it(tmp_path):
+    done = command("--cache", str(tmp_path / "cache"))
+    assert done.returncode == 0, done.stderr
+    print(done.stdout)
+    rows = rows_of(done.stdout)
+    assert list(rows) == [(n, b) for n in ("resnet", "mobilenet", "gpt") for b in "32"]
+    for (name, bits), cells in rows.items():
+        full, rtn, *learned = (float(c.split()[0]) for c in cells)
+        better = (lambda a, b: a < b) if name == "gpt" else (lambda a, b: a > b)
+        assert not better(rtn, full) and all(better(score, rtn) for score in learned), (name, bits)
+        assert all(float(c.split("(")[1].split(",")[0]) < 0.7 for c in cells[2:])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not SHARED.exists(), reason="no ../shared/data")
+def test_resnet20_reaches_its_published_accuracy():
+    net = models.fold_batchnorm(models.resnet20(SHARED / "weights" / "resnet20-12fca82f.th"))
+    assert models.accuracy(net, *models.cifar10(SHARED, train=False)) == pytest.approx(91.73, abs=0.02)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("cache", [None, "cpu"])
+def test_the_same_code_on_cuda(cache):
+    net, x, _ = tiny("resnet conv")
+    on_cpu = quantize_model(copy.deepcopy(net).blocks, x, QUICK)
+    net.to("cuda")
+    reports = quantize_model(net.blocks, x, replace(QUICK, cache_device=cache))
+    assert all(p.device.type == "cuda" for p in net.parameters())
+    for a, b in zip(on_cpu, reports, strict=True):                   # losses, not codes: see README
+        assert b.final_loss <= b.start_loss
+        assert b.start_loss == pytest.approx(a.start_loss, rel=0.2)
+
+
+# ---- 6. Bad input ----------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("settings, message", [
+    ({"bits": 1}, "bits = 1: an integer from 2 to 8"),
+    ({"bits": 9}, "bits = 9: an integer from 2 to 8"),
+    ({"bits": 4.0}, "bits = 4.0: an integer from 2 to 8"),
+    ({"bits": True}, "bits = True"),
+    ({"end_bits": 16}, "end_bits = 16: an integer from 2 to 8"),
+    ({"layer_bits": {"0.a": 1}}, r"layer_bits\['0.a'\] = 1"),
+    ({"method": "gptq"}, "method = 'gptq': one of rtn, adaround, adaquant, flexround"),
+    ({"iterations": 0}, "iterations = 0: an integer of at least 1"),
+    ({"batch_size": 0}, "batch_size = 0"),
+    ({"batch_size": 2.5}, "batch_size = 2.5"),
+    ({"seed": -1}, "seed = -1"),
+    ({"lr": 0.0}, "lr = 0.0: a positive number"),
+    ({"lr": float("nan")}, "lr = nan"),
+    ({"input_drop": 1.5}, "input_drop = 1.5: a probability from 0 to 1"),
+    ({"p": 0}, "p = 0: a positive number"),
+])
+def test_a_setting_that_is_not_allowed(settings, message):
+    with pytest.raises(ValueError, match=message):
+        ReconstructionConfig(**settings)
+
+
+@over_methods
+def test_a_weight_that_cannot_be_quantized(method):
+    cls = METHODS[method]
+    for bits in (1, 9, 2.0, "4"):
+        with pytest.raises(ValueError, match="an integer from 2 to 8"):
+            cls(weight((3, 3)), bits)
+    for W, message in ((torch.ones(3), r"shape \(3,\)"), (torch.ones(3, 3, 3), r"\(3, 3, 3\)"),
+                       (torch.ones(0, 3), r"\(0, 3\)"), (torch.ones(3, 3, dtype=torch.int8), "int8"),
+                       (torch.tensor([[1.0, float("nan")]]), "NaN"),
+                       (torch.tensor([[1.0, float("inf")]]), "infinity")):
+        with pytest.raises(ValueError, match=message):
+            cls(W, 4)
+    with pytest.raises(ValueError, match="p = -1"):
+        cls(weight((3, 3)), 4, p=-1)
+
+
+def test_layers_that_cannot_be_quantized_leave_the_block_unchanged():
+    def refuse(net, message, *arguments):
+        keys = list(net.state_dict())
+        with pytest.raises(ValueError, match=message):
+            quantize_layers(net, ReconstructionConfig(), *arguments)
+        assert list(net.state_dict()) == keys
+
+    def make():
+        return nn.Sequential(nn.Linear(4, 4), nn.Conv1d(4, 4, 1), nn.Linear(4, 4))
+
+    refuse(make(), r"layer_bits names '7' \(no such layer\).*\['0', '2'\]", {"7": 4})
+    refuse(make(), r"layer_bits names '1' \(Conv1d\)", {"1": 4})
+    refuse(make(), "skip names '1'", None, ("1",))
+    refuse(make(), "bits = 12", {"2": 12})
+    net = make()
+    with torch.no_grad():
+        net[2].weight[1, 1] = float("nan")
+    refuse(net, "layer '2': its weight holds NaN")
+    net = make()
+    net[2].weight = net[0].weight
+    refuse(net, "layers '0' and '2' share one weight")
+    net = make()
+    quantize_layers(net, ReconstructionConfig())
+    refuse(net, "layer '0' has a parametrization")
+    refuse(nn.Sequential(parametrize.register_parametrization(
+        nn.Linear(2, 2), "weight", nn.Identity())), "has a parametrization")
+
+
+def test_bad_calibration_is_refused_before_any_work():
+    net, x, _ = tiny("resnet conv")
+    keys = list(net.state_dict())
+    bad = x.clone()
+    bad[3, 0, 2, 2] = float("nan")
+    for calibration, message in ((x[:0], r"shape \(0, 1, 8, 8\)"), (bad, "calibration holds NaN"),
+                                 (bad.nan_to_num(float("inf")), "infinity"), ("images", "is str"),
+                                 (torch.tensor(1.0), r"shape \(\)"),
+                                 (x.repeat(1, 2, 1, 1), "block 0 does not run")):
+        with pytest.raises(ValueError, match=message):
+            quantize_model(net.blocks, calibration, QUICK)
+    for config, message in ((replace(QUICK, layer_bits={"1.conv9": 4}), "names '1.conv9'"),):
+        with pytest.raises(ValueError, match=message):
+            quantize_model(net.blocks, x, config)
+    assert list(net.state_dict()) == keys
+
+
+def test_networks_that_cannot_be_quantized_are_refused_before_any_work():
+    def refuse(blocks, message, x=None):
+        with pytest.raises(ValueError, match=message):
+            quantize_model(blocks, torch.randn(9, 4) if x is None else x, QUICK)
+        assert not any(quantizers(b) for b in blocks)
+
+    layer = nn.Linear(4, 4)
+    refuse([nn.ReLU()], "nothing to quantize")
+    refuse([], "nothing to quantize")
+    refuse([layer, nn.Sequential(nn.ReLU(), layer)], "stands in an earlier block")
+    twin = nn.Linear(4, 4)
+    twin.weight = layer.weight
+    refuse([layer, twin], "'0' and '1' share one weight")
+    refuse([nn.Linear(4, 4), nn.Linear(5, 4)], "block 1 does not run")
+
+    class Pair(nn.Linear):
+        def forward(self, x):
+            return super().forward(x), x
+
+    refuse([nn.Linear(4, 4), Pair(4, 4)], "block 1 returns tuple")
+    broken = nn.Linear(4, 4)
+    with torch.no_grad():
+        broken.weight[0, 0] = float("inf")
+    refuse([nn.Linear(4, 4), broken], "layer '1': its weight holds NaN or infinity")
+    quantized = nn.Linear(4, 4)
+    quantize_layers(quantized, QUICK)
+    with pytest.raises(ValueError, match="has a parametrization"):
+        quantize_model([nn.Linear(4, 4), quantized], torch.randn(9, 4), QUICK)
+
+
+def test_bad_inputs_of_one_block():
+    block, x, y, config = prepared()
+    for args, message in (((x[:5], y), "{'x_q': 5, 'y_fp': 32}"), ((x, y * float("nan")), "y_fp holds"),
+                          ((x[:0], y[:0]), "shape")):
+        with pytest.raises(ValueError, match=message):
+            reconstruct_block(block, *args, config)
+    with pytest.raises(ValueError, match="needs x_fp"):
+        reconstruct_block(block, x, y, replace(config, input_drop=0.5))
+    with pytest.raises(ValueError, match="no quantizers"):
+        reconstruct_block(small_block(), x, y, config)
+
+
+def test_what_is_not_done_as_asked_is_said():
+    block, x, y, config = prepared(batch_size=100, iterations=2)
+    with pytest.warns(UserWarning, match="batch_size = 100, but there are only 32"):
+        reconstruct_block(block, x, y, config)
+    with pytest.warns(UserWarning, match=r"stay float: \['0.1 \(Conv1d\)'\]"):
+        quantize_model([nn.Sequential(nn.Linear(4, 4), nn.Conv1d(1, 1, 1))], torch.randn(9, 1, 4), QUICK)
+    net, x, _ = tiny("gpt")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")                               # nothing to say of these
+        quantize_model(net.blocks, x, QUICK)
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--bits", "9"], "bits = 9: an integer from 2 to 8 is allowed"),
+    (["--model", "resnet20"], "--data"),
+    (["--model", "resnet20", "--data", "nowhere"], "no data_batch_*.bin in nowhere"),
+    (["--model", "gpt", "--data", "nowhere.txt"], "nowhere.txt"),
+    (["--lr", "-1"], "lr = -1.0"),
+    (["--model", "resnet", "--samples", "5000"], "samples = 5000: 1 to 1199 are allowed"),
+])
+def test_a_wrong_command_line_gives_one_line(arguments, message, tmp_path, monkeypatch):
+    (tmp_path / "cache").mkdir()
+    torch.save(models.ResNet(widths=(8, 16, 32), depth=1, channels=1).state_dict(),
+               tmp_path / "cache" / "digits-resnet.pt")
+    done = command(*arguments, cwd=tmp_path)
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.startswith("reconstruct.py: ") and done.stderr.count("\n") == 1
+    assert message in done.stderr
