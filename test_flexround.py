@@ -1,10 +1,9 @@
-"""The tests, in the order of the paper: grids, gradients, the seam, reconstruction, networks, input.
+"""The tests: grids, gradients, the seam, reconstruction, networks, bad input, README.
 
-No test needs the network, a GPU or ../shared: what is not there is skipped, with the reason. Expected
-values are literals, or are computed a second way by the loops in numpy below.
+No test needs the network, a GPU or ../shared: what is not there is skipped, with the reason.
+Expected values are literals, or are computed a second way, by the loops in numpy below.
 """
 import copy
-import os
 import re
 import subprocess
 import sys
@@ -16,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -40,7 +38,8 @@ HERE = Path(__file__).parent
 SHARED = HERE.parent / "shared" / "data"
 
 # The shapes of a linear, a convolution's, a depthwise and a grouped convolution's weight.
-SHAPES = {"linear": (6, 5), "conv": (4, 3, 3, 3), "depthwise": (6, 1, 3, 3), "grouped": (6, 2, 3, 3)}
+SHAPES = {"linear": (6, 5), "conv": (4, 3, 3, 3), "depthwise": (6, 1, 3, 3),
+          "grouped": (6, 2, 3, 3)}
 over_shapes = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 over_grids = pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
 over_scope = pytest.mark.parametrize("per_channel", [False, True], ids=["tensor", "channel"])
@@ -73,7 +72,7 @@ def correlated(n, *shape, seed=0):
     return (torch.randn(n, 4, generator=g) @ torch.randn(4, d, generator=g) / 2).view(n, *shape)
 
 
-# ---- A second implementation: numpy, one weight at a time ------------------------------------------
+# ---- A second implementation: numpy, one weight at a time ----------------------------------------
 
 def at(factor, index):
     """The entry of a factor that weight `index` uses; 1 where the factor is absent."""
@@ -122,16 +121,17 @@ def lp_error(rows, s1, z, bits, symmetric, p):
     return (abs(s1 * (np.clip(np.rint(rows / s1) + z, lo, hi) - z) - rows) ** p).sum(1)
 
 
-# ---- 1. Grids and forward --------------------------------------------------------------------------
+# ---- 1. Grids and forward ------------------------------------------------------------------------
 
 def test_bounds_of_the_codes():
     symmetric = {2: (-2, 1), 3: (-4, 3), 4: (-8, 7), 5: (-16, 15), 6: (-32, 31), 7: (-64, 63),
                  8: (-128, 127)}
-    asymmetric = {2: (0, 3), 3: (0, 7), 4: (0, 15), 5: (0, 31), 6: (0, 63), 7: (0, 127), 8: (0, 255)}
+    asymmetric = {2: (0, 3), 3: (0, 7), 4: (0, 15), 5: (0, 31), 6: (0, 63), 7: (0, 127),
+                  8: (0, 255)}
     for bits in range(2, 9):
         for is_symmetric, expected in ((True, symmetric), (False, asymmetric)):
             q = RoundToNearest(weight((40, 50)), bits, is_symmetric)
-            codes = q.codes(1000 * weight((40, 50)))                 # far outside: both ends are hit
+            codes = q.codes(1000 * weight((40, 50)))                 # both ends are hit
             assert (q.lo, q.hi) == (int(codes.min()), int(codes.max())) == expected[bits]
 
 
@@ -313,7 +313,7 @@ def test_which_factors_there_are(shape):
     assert {n for n, _ in AdaQuant(W, 4).named_parameters()} == {"log_s1", "V"}
 
 
-# ---- 2. Gradients ----------------------------------------------------------------------------------
+# ---- 2. Gradients --------------------------------------------------------------------------------
 
 @over_shapes
 @over_grids
@@ -369,8 +369,8 @@ def test_gradient_of_adaround_is_the_true_one(symmetric):
 
 
 def frozen_residual(q, W):
-    """The quantizer with round(u) replaced by u + c, c = round(u0) - u0 held constant, and a mask of
-    the weights that do not sit on the clamp's kink. Smooth; its gradients are the estimator's."""
+    """The quantizer with round(u) replaced by u + c, c = round(u0) - u0 held constant, and a mask
+    of the weights that do not sit on the clamp's kink. Smooth, with the estimator's gradients."""
     names = [n for n, _ in q.named_parameters()]
     start = [p.detach().clone().requires_grad_() for p in q.parameters()]
     rest = {n: b for n, b in q.named_buffers()}
@@ -461,13 +461,13 @@ def test_the_mask_exactly_at_the_bound():
     assert r.grad.tolist() == [1] * 10
     halves = torch.tensor([0.5, 1.5, 2.5, -0.5, -1.5])
     assert flexround.Round.apply(halves).tolist() == [0, 2, 2, 0, -2]    # ties to even
-    q = AdaRound(torch.zeros(1, 3), 3)                               # h exactly at 0 and 1 passes
+    # AdaRound's rectified sigmoid uses the same clamp: h exactly at 0 and 1 passes.
     x = torch.tensor([-0.01, 0.0, 1.0, 1.01], requires_grad=True)
     flexround.Clamp.apply(x, 0, 1).sum().backward()
     assert x.grad.tolist() == [0, 1, 1, 0]
 
 
-# ---- 3. The seam -----------------------------------------------------------------------------------
+# ---- 3. The seam ---------------------------------------------------------------------------------
 
 class Doubled(nn.Conv2d):
     """A layer with a forward of its own."""
@@ -503,7 +503,7 @@ def test_a_layer_keeps_its_own_forward_and_folds_bit_for_bit(make, method):
     quantize_layers(layer, ReconstructionConfig(method, 3))
     layer.eval()
     q = quantizers(layer)[""]
-    twin = make()                                                    # a float layer that holds W_hat
+    twin = make()                                                    # a float layer with W_hat
     with torch.no_grad():
         twin.weight.copy_(q(W))
         if layer.bias is not None:
@@ -589,7 +589,7 @@ def test_a_head_tied_to_an_embedding_stays_float():
     assert net[2].weight is net[0].weight
 
 
-# ---- 4. Reconstruction -----------------------------------------------------------------------------
+# ---- 4. Reconstruction ---------------------------------------------------------------------------
 
 def small_block(seed=0):
     torch.manual_seed(seed)
@@ -630,7 +630,8 @@ def test_when_all_of_the_calibration_set_is_evaluated():
     for method in ("adaround", "flexround"):
         block, x, y, config = prepared(method, iterations=25)
         seen = []
-        report = reconstruct_block(block, x, y, config, progress=lambda *a: seen.append(a))
+        report = reconstruct_block(block, x, y, config,
+                                   progress=lambda *a, seen=seen: seen.append(a))
         assert [i for i, _ in report.evaluations] == [0, 2, 5, 7, 10, 12, 15, 17, 20, 22, 25]
         assert seen == report.evaluations and len(report.history) == 25
 
@@ -732,7 +733,8 @@ def test_half_of_the_elements_are_dropped():
             return super().forward(x)
 
     block = Share(400, 2)
-    quantize_layers(block, config := ReconstructionConfig(iterations=20, batch_size=8, input_drop=0.3))
+    config = ReconstructionConfig(iterations=20, batch_size=8, input_drop=0.3)
+    quantize_layers(block, config)
     x_fp = torch.ones(16, 400)
     reconstruct_block(block, 0 * x_fp, torch.zeros(16, 2), config, x_fp)
     assert len(shares) == 20 and np.mean(shares) == pytest.approx(0.3, abs=0.02)
@@ -798,7 +800,7 @@ def test_the_rate_falls_to_zero_along_a_cosine(monkeypatch):
     assert rates == pytest.approx([0.01, 0.00853553, 0.005, 0.00146447], rel=1e-5)
 
 
-# ---- 5. Networks, end to end -----------------------------------------------------------------------
+# ---- 5. Networks, end to end ---------------------------------------------------------------------
 
 def tiny(name):
     """An untrained network, calibration inputs and the names of its layers, block by block."""
@@ -810,7 +812,8 @@ def tiny(name):
     if name == "mobilenet":
         net = models.MobileNet(widths=(4, 6), depth=1, channels=1)
         inner = ["expand.0", "depthwise.0", "project.0"]
-        return (models.fold_batchnorm(net), correlated(16, 1, 8, 8), [["0"], inner, inner, ["0"], ["2"]])
+        layers = [["0"], inner, inner, ["0"], ["2"]]
+        return models.fold_batchnorm(net), correlated(16, 1, 8, 8), layers
     net = models.ResNet(widths=(4, 6), depth=1, channels=1, shortcut=name.removeprefix("resnet "))
     inner = ["conv1.0", "conv2.0"]
     end = inner + ["shortcut.0"] * (name == "resnet conv")
@@ -892,7 +895,7 @@ def test_blocks_behind_the_last_layer_are_not_run():
             raise AssertionError("was run")
 
     never = Never().train()
-    quantize_model([nn.Linear(4, 4), never, ][:1] + [nn.ReLU(), never], torch.randn(9, 4), QUICK)
+    quantize_model([nn.Linear(4, 4), nn.ReLU(), never], torch.randn(9, 4), QUICK)
     assert not never.training
 
 
@@ -963,7 +966,7 @@ def test_accuracy_and_perplexity_by_hand():
     tokens = torch.randint(0, 7, (100,))
     assert models.perplexity(Uniform(), tokens, 16) == pytest.approx(7)
 
-    class Knows(nn.Module):                                          # the next token is x + 1: p = 0.5
+    class Knows(nn.Module):                                          # next comes x + 1: p = 0.5
         def forward(self, tokens):
             logits = torch.full((*tokens.shape, 120), -1e9)
             logits.scatter_(2, tokens[..., None] + 1, 0.0)
@@ -1004,7 +1007,8 @@ def test_the_resnet20_checkpoint_is_read_and_others_are_refused(tmp_path):
 
     good["state_dict"]["module.layer2.0.conv1.weight"] = torch.zeros(32, 16, 5, 5)
     torch.save(good, tmp_path / "shape.th")
-    with pytest.raises(ValueError, match=r"layer2.0.conv1.weight.*\(32, 16, 5, 5\).*\(32, 16, 3, 3\)"):
+    wrong = r"layer2.0.conv1.weight.*\(32, 16, 5, 5\).*\(32, 16, 3, 3\)"
+    with pytest.raises(ValueError, match=wrong):
         models.resnet20(tmp_path / "shape.th")
     torch.save({"a": torch.zeros(1)}, tmp_path / "other.th")
     with pytest.raises(ValueError, match="holds 1 tensors"):
@@ -1045,6 +1049,7 @@ def test_cifar10_is_read_from_its_binary_files(tmp_path):
 
 
 def test_digits_and_text_need_no_download():
+    pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
     x, y, x_test, y_test = models.digits()
     assert x.shape == (1200, 1, 8, 8) and x_test.shape == (597, 1, 8, 8)
     assert len(set(y.tolist())) == 10 and abs(float(x.mean())) < 1e-5
@@ -1137,7 +1142,8 @@ def test_the_main_job_as_the_readme_runs_it(tmp_path):
 @pytest.mark.skipif(not SHARED.exists(), reason="no ../shared/data")
 def test_resnet20_reaches_its_published_accuracy():
     net = models.fold_batchnorm(models.resnet20(SHARED / "weights" / "resnet20-12fca82f.th"))
-    assert models.accuracy(net, *models.cifar10(SHARED, train=False)) == pytest.approx(91.73, abs=0.02)
+    x, y = models.cifar10(SHARED, train=False)
+    assert models.accuracy(net, x, y) == pytest.approx(91.73, abs=0.02)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -1153,7 +1159,7 @@ def test_the_same_code_on_cuda(cache):
         assert b.start_loss == pytest.approx(a.start_loss, rel=0.2)
 
 
-# ---- 6. Bad input ----------------------------------------------------------------------------------
+# ---- 6. Bad input --------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("settings, message", [
     ({"bits": 1}, "bits = 1: an integer from 2 to 8"),
@@ -1184,7 +1190,7 @@ def test_a_weight_that_cannot_be_quantized(method):
         with pytest.raises(ValueError, match="an integer from 2 to 8"):
             cls(weight((3, 3)), bits)
     for W, message in ((torch.ones(3), r"shape \(3,\)"), (torch.ones(3, 3, 3), r"\(3, 3, 3\)"),
-                       (torch.ones(0, 3), r"\(0, 3\)"), (torch.ones(3, 3, dtype=torch.int8), "int8"),
+                       (torch.ones(0, 3), r"\(0, 3\)"), (torch.ones(3, 3).char(), "int8"),
                        (torch.tensor([[1.0, float("nan")]]), "NaN"),
                        (torch.tensor([[1.0, float("inf")]]), "infinity")):
         with pytest.raises(ValueError, match=message):
@@ -1270,8 +1276,8 @@ def test_networks_that_cannot_be_quantized_are_refused_before_any_work():
 
 def test_bad_inputs_of_one_block():
     block, x, y, config = prepared()
-    for args, message in (((x[:5], y), "{'x_q': 5, 'y_fp': 32}"), ((x, y * float("nan")), "y_fp holds"),
-                          ((x[:0], y[:0]), "shape")):
+    for args, message in (((x[:5], y), "{'x_q': 5, 'y_fp': 32}"), ((x[:0], y[:0]), "shape"),
+                          ((x, y * float("nan")), "y_fp holds")):
         with pytest.raises(ValueError, match=message):
             reconstruct_block(block, *args, config)
     with pytest.raises(ValueError, match="needs x_fp"):
@@ -1285,7 +1291,8 @@ def test_what_is_not_done_as_asked_is_said():
     with pytest.warns(UserWarning, match="batch_size = 100, but there are only 32"):
         reconstruct_block(block, x, y, config)
     with pytest.warns(UserWarning, match=r"stay float: \['0.1 \(Conv1d\)'\]"):
-        quantize_model([nn.Sequential(nn.Linear(4, 4), nn.Conv1d(1, 1, 1))], torch.randn(9, 1, 4), QUICK)
+        block = nn.Sequential(nn.Linear(4, 4), nn.Conv1d(1, 1, 1))
+        quantize_model([block], torch.randn(9, 1, 4), QUICK)
     net, x, _ = tiny("gpt")
     with warnings.catch_warnings():
         warnings.simplefilter("error")                               # nothing to say of these
