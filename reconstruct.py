@@ -34,6 +34,7 @@ import platform
 import sys
 import time
 import warnings
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -41,8 +42,15 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from tqdm.auto import tqdm
 
-from flexround import METHODS, AdaRound, code_range, fold, quantizable_layers, quantize_layers
-from flexround import quantizers as quantizers_of
+from flexround import (
+    METHODS,
+    AdaRound,
+    code_range,
+    fold,
+    quantizable_layers,
+    quantize_layers,
+    quantizers,
+)
 
 # Adam's rate at 1,000 iterations a block, where the caller names none: README says how they were
 # chosen. The paper: FlexRound 4e-4 (ResNets, W4 and W3) or 1e-3 (ResNets W2, MobileNetV2) at 5,000
@@ -116,8 +124,10 @@ def block_loss(y: Tensor, y_fp: Tensor) -> Tensor:
     """Squared error, summed over channels, mean over the rest; a scalar.
 
     Channels are dim 1 of a convolution's (N, C, H, W) and the last dim of anything else, such as
-    (N, C) or a GPT's (B, T, C).
+    (N, C) or a GPT's (B, T, C). ValueError where the shapes differ: none is stretched in silence.
     """
+    if y.shape != y_fp.shape:
+        raise ValueError(f"the block returns {tuple(y.shape)}, its target has {tuple(y_fp.shape)}")
     return (y - y_fp).square().sum(1 if y.dim() == 4 else -1).mean()
 
 
@@ -198,69 +208,75 @@ def reconstruct_block(block: nn.Module, x_q: Tensor, y_fp: Tensor, config: Recon
             Then, and on any other exception, the factors are as they were before.
     """
     began = time.perf_counter()
-    quantizers = quantizers_of(block)
-    if not quantizers:
+    placed = quantizers(block)
+    if not placed:
         raise ValueError(f"block {index} has no quantizers: call quantize_layers first")
     check_inputs(config, x_q=x_q, y_fp=y_fp, x_fp=x_fp)
     if config.input_drop > 0 and x_fp is None:
         raise ValueError(f"input_drop = {config.input_drop} needs x_fp, the full-precision input")
     device = device_of([block])
-    learned = [p for q in quantizers.values() for p in q.parameters()]
-    ids = {id(p) for p in learned}
-    others = [(p, p.requires_grad) for p in block.parameters() if id(p) not in ids]
+    learned = [p for q in placed.values() for p in q.parameters()]
+    evaluations, history = [], torch.zeros(0)
     initial = best = [p.detach().clone() for p in learned]
-    block.eval()
 
-    def loss_now(iteration):
-        for q in quantizers.values():
-            q.eval()                                                 # AdaRound: hard codes
+    def loss_after(iteration):
+        block.eval()                                                 # AdaRound: hard codes
         loss = evaluate(block, x_q, y_fp, config.batch_size, device)
         if not math.isfinite(loss):
             raise _not_finite(index, iteration, config)
+        evaluations.append((iteration, loss))
         if progress:
             progress(iteration, loss)
         return loss
 
-    evaluations, history = [], torch.zeros(0)
-    try:
-        for p, _ in others:
-            p.requires_grad_(False)
-        for p in learned:
-            p.requires_grad_(True)
-        best_loss, best_iteration = loss_now(0), 0
-        evaluations.append((0, best_loss))
-        if learned:                                                  # not round to nearest
-            marks = evaluation_marks(config.iterations)
-            history = torch.zeros(config.iterations, device=device)
-            for i in _iterate(block, quantizers, learned, x_q, y_fp, x_fp, config, index, history):
-                if i not in marks:
-                    continue
-                bad = (~torch.isfinite(history[:i])).nonzero()
-                if len(bad):
-                    raise _not_finite(index, int(bad[0]) + 1, config)
-                loss = loss_now(i)
-                evaluations.append((i, loss))
-                if loss < best_loss:
-                    best_loss, best_iteration = loss, i
-                    best = [p.detach().clone() for p in learned]
-    except BaseException:                                            # an interrupt, too
-        best = initial
-        raise
-    finally:
-        with torch.no_grad():
-            for p, value in zip(learned, best, strict=True):
-                p.copy_(value)
-                p.requires_grad_(False)
-                p.grad = None
-        for p, required in others:
-            p.requires_grad_(required)
-        block.eval()
-    return BlockReport(index, {name: q.bits for name, q in quantizers.items()}, evaluations[0][1],
+    with _learning(block, learned):
+        try:
+            best_loss, best_iteration = loss_after(0), 0
+            if learned:                                              # not round to nearest
+                history = torch.zeros(config.iterations, device=device)
+                marks = evaluation_marks(config.iterations)
+                for i in _iterate(block, learned, x_q, y_fp, x_fp, config, index, history):
+                    if i not in marks:
+                        continue
+                    bad = (~torch.isfinite(history[:i])).nonzero()
+                    if len(bad):
+                        raise _not_finite(index, int(bad[0]) + 1, config)
+                    loss = loss_after(i)
+                    if loss < best_loss:
+                        best_loss, best_iteration = loss, i
+                        best = [p.detach().clone() for p in learned]
+        except BaseException:                                        # an interrupt, too
+            best = initial
+            raise
+        finally:
+            with torch.no_grad():
+                for p, value in zip(learned, best, strict=True):
+                    p.copy_(value)
+    return BlockReport(index, {name: q.bits for name, q in placed.items()}, evaluations[0][1],
                        best_loss, best_iteration, evaluations, history.tolist(),
                        time.perf_counter() - began)
 
 
-def _iterate(block, quantizers, learned, x_q, y_fp, x_fp, config, index, history):
+@contextmanager
+def _learning(block: nn.Module, learned: list[nn.Parameter]):
+    """Within, nothing but `learned` requires a gradient. Afterwards these are frozen, the others'
+    requires_grad is as before, and the block is in eval mode."""
+    before = [(p, p.requires_grad) for p in block.parameters()]
+    block.requires_grad_(False)
+    for p in learned:
+        p.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for p, required in before:
+            p.requires_grad_(required)
+        for p in learned:
+            p.requires_grad_(False)
+            p.grad = None
+        block.eval()
+
+
+def _iterate(block, learned, x_q, y_fp, x_fp, config, index, history):
     """The iterations of reconstruct_block; yields how many are done. Nothing here waits for the
     device: the loss stays there, in history."""
     device, total = history.device, config.iterations
@@ -271,29 +287,26 @@ def _iterate(block, quantizers, learned, x_q, y_fp, x_fp, config, index, history
     batches = torch.stack([torch.randperm(len(x_q), generator=draw)[:size] for _ in range(total)])
     batches = batches.to(x_q.device)                                 # (iterations, batch)
     drop = torch.Generator(device).manual_seed(seed)
-    regularised = [q for q in quantizers.values() if isinstance(q, AdaRound)]
+    regularised = [q for q in quantizers(block).values() if isinstance(q, AdaRound)]
 
     lr = DEFAULT_LR[config.method] if config.lr is None else config.lr
     optimizer = torch.optim.Adam(learned, lr=lr)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total)    # falls to 0
     for i in range(total):
         for q in regularised:
             q.train()                                                # soft codes
-        batch = batches[i]
-        x, y = x_q[batch].to(device), y_fp[batch].to(device)
-        if config.input_drop > 0:                                    # element by element
-            full = x_fp[batch].to(device)
-            x = torch.where(torch.rand(x.shape, generator=drop, device=device) < config.input_drop,
-                            full, x)
+        x, y = x_q[batches[i]].to(device), y_fp[batches[i]].to(device)
+        if config.input_drop > 0:                                    # QDrop, element by element
+            full = torch.rand(x.shape, generator=drop, device=device) < config.input_drop
+            x = torch.where(full, x_fp[batches[i]].to(device), x)
         loss = block_loss(block(x), y)
-        if regularised:
-            weight, beta = AdaRound.schedule(i / total)
-            if weight:
-                loss = loss + weight * sum(q.regulariser(beta) for q in regularised)
+        weight, beta = AdaRound.schedule(i / total)
+        for q in regularised if weight else ():                      # AdaRound only
+            loss = loss + weight * q.regulariser(beta)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        schedule.step()
+        cosine.step()
         history[i] = loss.detach()
         yield i + 1
 
@@ -424,6 +437,7 @@ def quantize_model(blocks, calibration: Tensor, config: ReconstructionConfig) ->
             skip = set(quantizable_layers(block)) - set(bits[i])
             quantize_layers(block, config, bits[i], skip)
             try:
+                x_fp = x_fp if config.input_drop > 0 else None       # else its memory is free
                 reports.append(reconstruct_block(block, x_q, y_fp, config, x_fp, i, progress))
             except BaseException:
                 fold(block, keep=False)

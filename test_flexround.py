@@ -1276,7 +1276,8 @@ def test_networks_that_cannot_be_quantized_are_refused_before_any_work():
 
 def test_bad_inputs_of_one_block():
     block, x, y, config = prepared()
-    for args, message in (((x[:5], y), "{'x_q': 5, 'y_fp': 32}"), ((x[:0], y[:0]), "shape"),
+    for args, message in (((x, y[:, :1]), r"has \(8, 1, 6, 6\)"),
+                          ((x[:5], y), "{'x_q': 5, 'y_fp': 32}"), ((x[:0], y[:0]), "shape"),
                           ((x, y * float("nan")), "y_fp holds")):
         with pytest.raises(ValueError, match=message):
             reconstruct_block(block, *args, config)
