@@ -65,9 +65,9 @@ class Round(torch.autograd.Function):
 class Clamp(torch.autograd.Function):
     """Clamp to [lo, hi]; the gradient passes where lo <= x <= hi, *the bounds included*.
 
-    At 2 to 4 bits several percent of the weights sit exactly on a bound, so what happens there
-    matters, and torch is about to change its own clamp: hence ours. x has been rounded, so a weight
-    counts as inside as long as it *rounds* to a code that exists, as u = hi + 0.4 does.
+    At few bits many weights round to the first or the last code, so what happens exactly there
+    matters: the mask is ours, and a change of torch.clamp cannot move results. Where x has been
+    rounded, a weight is inside as long as it *rounds* to a code that exists, as u = hi + 0.4 does.
     """
 
     @staticmethod
@@ -99,10 +99,10 @@ def search_range(W: Tensor, bits: int, symmetric: bool = True, per_channel: bool
     """Find the grid that minimises sum |W - W_hat|^p under round to nearest.
 
     Starts at min-max, the smallest grid that clips nothing, and shrinks it: the best of 32 steps
-    of 10 %, then of 14 finer ones around that. Min-max is among the candidates and each is scored
-    by the very numbers that will be used, so the result is never worse than min-max in this
-    measure. A range always holds 0, so that zero_point is a code; on an asymmetric grid the two
-    ends shrink together, then each alone.
+    of 10 %, then of 14 finer ones around that. Min-max is among the candidates, and each is scored
+    with s1 as it will be used, so the result is never worse than min-max in this measure (but for
+    rounding where W has half precision). A range always holds 0, so that zero_point is a code; on
+    an asymmetric grid the two ends shrink together, then each alone.
 
     p = 2 is the paper's ||W - W_hat||^2; BRECQ and the authors' code take 2.4, which weighs the
     clipped outliers more. Which is better was measured, see README; the default is 2.4.
@@ -289,7 +289,8 @@ class AdaRound(RoundToNearest):
 class AdaQuant(RoundToNearest):
     """Rounding by addition, anywhere: W_hat = s1 * round((W + V) / s1), Hubara et al. 2021.
 
-    V has W's shape and W's units and starts at zeros; s1 is learned with it.
+    V has W's shape and W's units and starts at zeros; s1 is learned with it. With G = dL/dW_hat,
+    dL/dV = inside G: how large the weight is does not enter, which is the paper's point.
     """
 
     learns_s1 = True
@@ -309,9 +310,8 @@ class FlexRound(RoundToNearest):
     channel) start at ones; shapes at the head of this file.
 
     Proposition 3.1 (the reciprocal rule): with S' = S2 * s3 (* s4), a weight inside the grid has
-    dL/dS' = -(W / S'^2) * dL/dW_hat: s1 cancels, and a large weight moves its own scale more than a
-    small one does, which addition cannot say. Spelled out, with G = dL/dW_hat and the sums over all
-    weights that share the factor:
+    dL/dS' = -(W / S'^2) * dL/dW_hat: s1 cancels, and the gradient grows with the weight. Spelled
+    out, with G = dL/dW_hat and the sums over all weights that share the factor:
 
         dL/dS2 =     -inside G W / (S2^2 s3 s4)        dL/ds3 = sum -inside G W / (S2 s3^2 s4)
         dL/ds4 = sum -inside G W / (S2 s3 s4^2)        dL/ds1 = sum G (k - inside u)
@@ -377,8 +377,9 @@ def quantizable_layers(module: nn.Module, skip=()) -> dict[str, nn.Module]:
     to an nn.Embedding of the module. A module that is such a layer itself has the name ''.
 
     Raises:
-        ValueError: a name in skip that is not such a layer, a layer with a parametrization already,
-            weights that are not finite, or two layers that share one weight.
+        ValueError: a name in skip that is not such a layer, a weight that something else makes
+            already (a parametrization, weight norm, pruning), that is not finite, or that two of
+            the layers share.
     """
     embedded = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
     layers = {name: m for name, m in module.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
@@ -389,16 +390,18 @@ def quantizable_layers(module: nn.Module, skip=()) -> dict[str, nn.Module]:
     for name, layer in layers.items():
         if name in skip:
             continue
-        if parametrize.is_parametrized(layer, "weight"):
-            raise ValueError(f"layer {name!r} has a parametrization of its weight already: fold or "
-                             "remove it first")
+        if parametrize.is_parametrized(layer, "weight") or \
+                not isinstance(layer.weight, nn.Parameter):
+            raise ValueError(f"layer {name!r} has a parametrization of its weight already (or "
+                             "weight norm, or pruning): fold or remove it first")
         if id(layer.weight) in embedded:
             continue
         if not torch.isfinite(layer.weight).all():
             raise ValueError(f"layer {name!r}: its weight holds NaN or infinity")
         twin = owner.setdefault(id(layer.weight), name)
         if twin != name:
-            raise ValueError(f"layers {twin!r} and {name!r} share one weight: skip one of them")
+            raise ValueError(f"layers {twin!r} and {name!r} share one weight: give each its own, "
+                             "or let quantize_layers skip one")
         chosen[name] = layer
     return chosen
 
@@ -415,7 +418,7 @@ def quantize_layers(block: nn.Module, config, layer_bits: dict[str, int] | None 
     """Put a quantizer on the weight of each nn.Linear and nn.Conv2d of a block, in place.
 
     All quantizers are made before the first is put in place: on an error the block is unchanged.
-    Each starts equal to round to nearest. fold() makes the result permanent.
+    Each starts equal to round to nearest (AdaRound in eval mode). fold() makes it permanent.
 
     Args:
         block: any module; a single layer is one too, and its name is then ''.
@@ -453,7 +456,8 @@ def fold(module: nn.Module, keep: bool = True) -> nn.Module:
     """Remove the quantizers of a module, in place, leaving W_hat as the plain weight; return it.
 
     Afterwards classes and state_dict keys are those of the float module and each weight is q(W)
-    with hard codes, to the last bit. keep=False puts the weight from before back instead.
+    with hard codes, to the last bit: a new Parameter, so that a float layer which shared the old
+    one keeps its values. keep=False puts the weight from before back instead.
     """
     for name, quantizer in quantizers(module).items():
         layer = module.get_submodule(name)
@@ -463,5 +467,13 @@ def fold(module: nn.Module, keep: bool = True) -> nn.Module:
         injected = type(layer)
         body = {k: v for k, v in vars(injected).items() if k not in ("__dict__", "__weakref__")}
         layer.__class__ = type(injected.__name__, injected.__bases__, body)
+        held = layer.parametrizations.weight
+        if keep:                                                     # torch writes W_hat into it
+            held.original = nn.Parameter(held.original.detach().clone(),
+                                         held.original.requires_grad)
         parametrize.remove_parametrizations(layer, "weight", leave_parametrized=keep)
+        for key, p in list(layer.named_parameters(recurse=False)):   # weight first, as it was
+            if key != "weight":
+                delattr(layer, key)
+                layer.register_parameter(key, p)
     return module

@@ -359,23 +359,26 @@ def fingerprint(string: str) -> str:
 # ---- Figures of merit ----------------------------------------------------------------------------
 
 @torch.no_grad()
-def accuracy(model: nn.Module, x: Tensor, y: Tensor, batch_size: int = 500, device="cpu") -> float:
-    """Top-1 accuracy in percent of model, in eval mode, on images x (N, C, H, W), labels y (N,)."""
-    model.to(device).eval()
+def accuracy(model: nn.Module, x: Tensor, y: Tensor, batch_size: int = 500) -> float:
+    """Top-1 accuracy in percent on images x (N, C, H, W) with labels y (N,), which may lie on
+    another device than the model. Leaves the model in eval mode."""
+    model.eval()
+    device = next(model.parameters(), x).device
     right = sum((model(xs.to(device)).argmax(1) == ys.to(device)).sum()
                 for xs, ys in zip(x.split(batch_size), y.split(batch_size), strict=True))
     return 100 * float(right) / len(y)
 
 
 @torch.no_grad()
-def perplexity(model: nn.Module, tokens: Tensor, context: int, batch_size: int = 32,
-               device="cpu") -> float:
+def perplexity(model: nn.Module, tokens: Tensor, context: int, batch_size: int = 32) -> float:
     """exp(mean negative log-likelihood) of each next token, over non-overlapping windows.
 
     tokens (length,) is cut into windows of `context` inputs; what is left over is dropped. The
-    first token of a window is not predicted from the window before it.
+    first token of a window is not predicted from the window before it. Leaves the model in eval
+    mode.
     """
-    model.to(device).eval()
+    model.eval()
+    device = next(model.parameters(), tokens).device
     count = (len(tokens) - 1) // context
     if count < 1:
         raise ValueError(f"{len(tokens)} tokens do not fill one window of {context} + 1")
@@ -452,7 +455,7 @@ class Task:
 
     net: nn.Module                   # batch norm folded, eval mode
     calibration: Tensor              # (N, ...) training inputs, drawn by the seed
-    score: Callable                  # score(net, device) -> percent or perplexity
+    score: Callable                  # score(net) -> percent or perplexity
     batch_size: int                  # inputs an iteration
     about: str                       # one line: the network, the data, what is scored
 
@@ -517,7 +520,7 @@ def load_task(name: str, data=None, checkpoint=None, cache="cache", split: str =
         held = tokens[b:] if split == "test" else tokens[a:b]
         source = data or f"pydoc_data.topics of Python {platform.python_version()}"
         return Task(net, tokens[start[:, None] + torch.arange(net.context)],
-                    lambda net, device: perplexity(net, held, net.context, device=device), 8,
+                    lambda net: perplexity(net, held, net.context), 8,
                     f"3 layers, width 64; characters of {source}, sha256 {fingerprint(string)}; "
                     f"perplexity over {len(held) // net.context} windows of {net.context}")
     if name == "resnet20":
@@ -541,6 +544,6 @@ def load_task(name: str, data=None, checkpoint=None, cache="cache", split: str =
     if split == "train":
         x_test, y_test = x[rest], y[rest]
     return Task(fold_batchnorm(net), x[index],
-                lambda net, device: accuracy(net, x_test, y_test, device=device), 32,
+                lambda net: accuracy(net, x_test, y_test), 32,
                 f"{sum(p.numel() for p in net.parameters()):,} weights; {source}; "
                 f"accuracy on {len(y_test):,} {split} images")

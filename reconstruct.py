@@ -34,6 +34,7 @@ import platform
 import sys
 import time
 import warnings
+from collections.abc import Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -80,27 +81,28 @@ class ReconstructionConfig:
     cache_device: str | None = None  # where the cached activations live; None: where the blocks are
 
     def __post_init__(self):
-        def check(name, ok, allowed):
-            if not ok:
-                raise ValueError(f"{name} = {getattr(self, name)!r}: {allowed} is allowed")
-
-        def whole(name, least):
+        def check(name, kind, allowed, ok=lambda value: True):
             value = getattr(self, name)
-            check(name, isinstance(value, int) and not isinstance(value, bool) and value >= least,
-                  f"an integer of at least {least}")
+            right = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+            if not (right and ok(value)):
+                raise ValueError(f"{name} = {value!r}: {allowed} is allowed")
 
-        check("method", self.method in METHODS, f"one of {', '.join(METHODS)}")
+        check("method", str, f"one of {', '.join(METHODS)}", lambda v: v in METHODS)
+        check("layer_bits", dict, "a dict of bits")
         code_range(self.bits, self.symmetric)
         if self.end_bits is not None:
             code_range(self.end_bits, self.symmetric, "end_bits")
         for name, bits in self.layer_bits.items():
             code_range(bits, self.symmetric, f"layer_bits[{name!r}]")
-        whole("iterations", 1)
-        whole("batch_size", 1)
-        whole("seed", 0)
-        check("p", self.p > 0, "a positive number")
-        check("lr", self.lr is None or 0 < self.lr < math.inf, "a positive number or None")
-        check("input_drop", 0 <= self.input_drop <= 1, "a probability from 0 to 1")
+        for name in ("symmetric", "per_channel", "learn_s1", "use_s3_s4"):
+            check(name, bool, "True or False")
+        for name, least in (("iterations", 1), ("batch_size", 1), ("seed", 0)):
+            check(name, int, f"an integer of at least {least}", lambda v, least=least: v >= least)
+        number = int | float
+        check("p", number, "a positive number", lambda v: 0 < v < math.inf)
+        check("input_drop", number, "a probability from 0 to 1", lambda v: 0 <= v <= 1)
+        if self.lr is not None:
+            check("lr", number, "a positive number or None", lambda v: 0 < v < math.inf)
 
 
 @dataclass
@@ -109,7 +111,7 @@ class BlockReport:
 
     index: int                               # the block's place in the list
     bits: dict[str, int]                     # of each quantized layer, by its name in the block
-    start_loss: float                        # round to nearest
+    start_loss: float                        # round to nearest in this block, on the given x_q
     final_loss: float                        # of the state that was kept: the least of evaluations
     best_iteration: int                      # when that was; 0 is the start
     evaluations: list[tuple[int, float]]     # (iterations done, loss): the start and each tenth
@@ -165,23 +167,27 @@ def device_of(blocks) -> torch.device:
     return next((p.device for block in blocks for p in block.parameters()), torch.device("cpu"))
 
 
-def check_inputs(config: ReconstructionConfig, **inputs: Tensor | None) -> None:
+def check_inputs(**inputs: Tensor | None) -> None:
     """ValueError unless all inputs that are not None are finite and equally many, at least one."""
+    if torch.is_inference_mode_enabled():
+        raise ValueError("inference mode is enabled: nothing can be learned within")
     inputs = {name: x for name, x in inputs.items() if x is not None}
     for name, x in inputs.items():
         if not isinstance(x, Tensor) or x.dim() == 0 or len(x) == 0:
             raise ValueError(f"{name} is {type(x).__name__} of shape "
-                             f"{tuple(getattr(x, 'shape', ()))}: a tensor of one input or more, "
-                             "along its first dim, is allowed")
+                             f"{tuple(getattr(x, 'shape', ()))}: a torch.Tensor of one input or "
+                             "more, along its first dim, is allowed")
         if not torch.isfinite(x).all():
             raise ValueError(f"{name} holds NaN or infinity: only finite inputs are allowed")
     counts = {name: len(x) for name, x in inputs.items()}
     if len(set(counts.values())) > 1:
         raise ValueError(f"{counts}: equally many inputs are allowed")
-    count = min(counts.values())
-    if config.batch_size > count and config.method != "rtn":
-        warnings.warn(f"batch_size = {config.batch_size}, but there are only {count} calibration "
-                      "inputs: each iteration takes them all", stacklevel=3)
+
+
+def check_precision(tensors, name: str) -> None:
+    """ValueError for half precision: Adam's steps are too small for it and its losses overflow."""
+    for dtype in {t.dtype for t in tensors} & {torch.float16, torch.bfloat16}:
+        raise ValueError(f"{name} is in {dtype}: float32 and float64 can be learned; use .float()")
 
 
 def reconstruct_block(block: nn.Module, x_q: Tensor, y_fp: Tensor, config: ReconstructionConfig,
@@ -203,19 +209,27 @@ def reconstruct_block(block: nn.Module, x_q: Tensor, y_fp: Tensor, config: Recon
         progress: called as progress(iterations done, loss) at each evaluation.
 
     Raises:
-        ValueError: no quantizers, or empty, unequal or non-finite inputs.
+        ValueError: no quantizers, or another method's; half precision; empty, unequal or
+            non-finite inputs.
         FloatingPointError: a loss that is not finite, naming block and iteration (counted from 1).
             Then, and on any other exception, the factors are as they were before.
     """
     began = time.perf_counter()
     placed = quantizers(block)
-    if not placed:
-        raise ValueError(f"block {index} has no quantizers: call quantize_layers first")
-    check_inputs(config, x_q=x_q, y_fp=y_fp, x_fp=x_fp)
+    kinds = {type(q) for q in placed.values()}
+    if kinds != {METHODS[config.method]}:
+        found = ", ".join(kind.__name__ for kind in kinds) or "no quantizers: call quantize_layers"
+        raise ValueError(f"block {index} holds {found}: {config.method} is needed, as config says")
+    check_inputs(x_q=x_q, y_fp=y_fp, x_fp=x_fp)
     if config.input_drop > 0 and x_fp is None:
         raise ValueError(f"input_drop = {config.input_drop} needs x_fp, the full-precision input")
+    x_q, y_fp, x_fp = x_q.detach(), y_fp.detach(), None if x_fp is None else x_fp.detach()
     device = device_of([block])
     learned = [p for q in placed.values() for p in q.parameters()]
+    check_precision(learned, f"block {index}")
+    if config.batch_size > len(x_q) and learned:
+        warnings.warn(f"batch_size = {config.batch_size}, but there are only {len(x_q)} "
+                      "calibration inputs: each iteration takes them all", stacklevel=2)
     evaluations, history = [], torch.zeros(0)
     initial = best = [p.detach().clone() for p in learned]
 
@@ -229,7 +243,7 @@ def reconstruct_block(block: nn.Module, x_q: Tensor, y_fp: Tensor, config: Recon
             progress(iteration, loss)
         return loss
 
-    with _learning(block, learned):
+    with torch.enable_grad(), _learning(block, learned):
         try:
             best_loss, best_iteration = loss_after(0), 0
             if learned:                                              # not round to nearest
@@ -284,8 +298,8 @@ def _iterate(block, learned, x_q, y_fp, x_fp, config, index, history):
     seed = 1000 * config.seed + index
     draw = torch.Generator().manual_seed(seed)
     size = min(config.batch_size, len(x_q))
-    batches = torch.stack([torch.randperm(len(x_q), generator=draw)[:size] for _ in range(total)])
-    batches = batches.to(x_q.device)                                 # (iterations, batch)
+    batches = torch.stack([torch.randperm(len(x_q), generator=draw)[:size].clone()
+                           for _ in range(total)]).to(x_q.device)    # (iterations, batch)
     drop = torch.Generator(device).manual_seed(seed)
     regularised = [q for q in quantizers(block).values() if isinstance(q, AdaRound)]
 
@@ -312,9 +326,10 @@ def _iterate(block, learned, x_q, y_fp, x_fp, config, index, history):
 
 
 def _not_finite(index, iteration, config):
-    return FloatingPointError(
-        f"block {index}: the loss is not finite at iteration {iteration} of {config.iterations} "
-        f"({config.method}, {config.bits} bits): try a smaller lr; the block is left as it was")
+    when = (f"at iteration {iteration} of {config.iterations}: try a smaller lr" if iteration else
+            "before training: do its activations overflow?")
+    return FloatingPointError(f"block {index}, {config.method}: the loss is not finite {when}. The "
+                              "block is left as it was")
 
 
 # ---- A network: block after block ----------------------------------------------------------------
@@ -324,24 +339,24 @@ def plan(blocks, config: ReconstructionConfig) -> list[dict[str, int]]:
 
     nn.Linear and nn.Conv2d are quantized; embeddings, a head tied to an embedding, norms and all
     else stay float. end_bits goes to the first layer of the first block and the last of the last,
-    where the block has one; layer_bits goes before both.
+    where the block has one; layer_bits goes before both. Warns of other layers' weight matrices.
 
     Raises:
         ValueError: layer_bits names what is not there, a layer stands in two blocks, there is
             nothing to quantize; else as flexround.quantizable_layers does.
     """
     model = nn.ModuleList(blocks)                                    # names: "<block>.<layer>"
-    layers = quantizable_layers(model)
+    layers, names = quantizable_layers(model), dict(model.named_modules())
     for i, block in enumerate(blocks):                               # a module is named only once
         for name in quantizable_layers(block):
-            if f"{i}.{name}".rstrip(".") not in dict(model.named_modules()):
+            if f"{i}.{name}".rstrip(".") not in names:
                 raise ValueError(f"layer {name!r} of block {i} stands in an earlier block, too")
     if not layers:
         raise ValueError("nothing to quantize: no block has an nn.Linear or an nn.Conv2d")
     for name in config.layer_bits:
         if name not in layers:
             raise ValueError(f"layer_bits names {name!r}: the layers are {list(layers)}")
-    left = [f"{name} ({type(m).__name__})" for name, m in model.named_modules()
+    left = [f"{name} ({type(m).__name__})" for name, m in names.items()
             if name not in layers and not isinstance(m, nn.Embedding | nn.Linear | nn.Conv2d)
             and any("weight" in n and p.dim() > 1 for n, p in m.named_parameters(recurse=False))]
     if left:
@@ -370,9 +385,10 @@ def cache_bytes(blocks, calibration: Tensor, config: ReconstructionConfig) -> in
     for i, block in enumerate(blocks):
         try:
             x = block.eval()(x.to(device, copy=True))
-        except RuntimeError as error:
-            raise ValueError(f"block {i} does not run on one calibration input: {error}") from error
-        if not isinstance(x, Tensor) or len(x) != 1 or not torch.isfinite(x).all():
+        except Exception as error:
+            raise ValueError(f"block {i} does not run on one calibration input: "
+                             f"{type(error).__name__}: {error}") from error
+        if not isinstance(x, Tensor) or x.shape[:1] != (1,) or not torch.isfinite(x).all():
             raise ValueError(f"block {i} returns {type(x).__name__}"
                              f"{f' {tuple(x.shape)}' if isinstance(x, Tensor) else ''} for one "
                              "calibration input: a finite tensor with one row an input is needed")
@@ -386,8 +402,9 @@ def quantize_model(blocks, calibration: Tensor, config: ReconstructionConfig) ->
     """Quantize a network block after block, in place: the paper's method from end to end.
 
     Afterwards the blocks are in eval mode, the quantizers are in place with their factors frozen
-    (flexround.fold makes them permanent) and requires_grad of all else is as it was. Shows a
-    progress bar where there is a terminal, after the size of the cached activations.
+    and requires_grad of all else is as it was. flexround.fold makes the result permanent; do that
+    before training mode, in which AdaRound is soft. Shows a progress bar where there is a terminal,
+    after the size of the cached activations.
 
     Args:
         blocks: a list or nn.ModuleList of Tensor -> Tensor modules which, one after the other, are
@@ -403,16 +420,21 @@ def quantize_model(blocks, calibration: Tensor, config: ReconstructionConfig) ->
         FloatingPointError: a loss that is not finite. Then, and on any other exception, that block
             is full precision as before and the earlier ones stay quantized.
     """
+    if not (isinstance(blocks, Iterable) and all(isinstance(b, nn.Module) for b in blocks)):
+        raise ValueError(f"blocks is {type(blocks).__name__}: a list of modules is allowed, such "
+                         "as a network's .blocks")
     blocks = list(blocks)
-    check_inputs(config, calibration=calibration)
+    check_inputs(calibration=calibration)
     bits = plan(blocks, config)
+    if config.method != "rtn":
+        check_precision((p for block in blocks for p in block.parameters()), "the network")
     last = max(i for i, layers in enumerate(bits) if layers)         # nothing behind it is run
     size = cache_bytes(blocks[:last + 1], calibration, config)
     device = device_of(blocks)
     cache = torch.device(config.cache_device or device)
 
     reports = []
-    x_fp = x_q = calibration.to(cache)
+    x_fp = x_q = calibration.detach().to(cache)
     steps = 0 if config.method == "rtn" else config.iterations
     bar = tqdm(total=steps * sum(map(bool, bits)), disable=None,
                desc=f"{config.method} W{config.bits}")
@@ -455,13 +477,13 @@ NAMES = {"rtn": "round to nearest", "adaround": "AdaRound", "adaquant": "AdaQuan
          "flexround": "FlexRound"}
 
 
-def parse(arguments=None) -> argparse.Namespace:
+def parser() -> argparse.ArgumentParser:
     """The command line; each flag is explained by --help."""
-    parser = argparse.ArgumentParser(
+    flags = argparse.ArgumentParser(
         description="Quantize networks with each method and print one table. Without arguments: "
                     "small networks, trained on the first run; no download, no GPU needed.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add = parser.add_argument
+    add = flags.add_argument
     add("--model", nargs="+", default=["resnet", "mobilenet", "gpt"], metavar="NAME",
         choices=["resnet", "mobilenet", "gpt", "resnet20"],
         help="resnet, mobilenet: small ones on scikit-learn's digits; gpt: a small one on "
@@ -474,6 +496,8 @@ def parse(arguments=None) -> argparse.Namespace:
         help="bits of the first layer of the first block and the last of the last; 0: as --bits")
     add("--asymmetric", action="store_true", help="a grid with a zero point")
     add("--per-channel", action="store_true", help="one s1 an output channel")
+    add("--fix-s1", action="store_true", help="FlexRound: s1 not learned (Table 1, ablation 1)")
+    add("--no-s3-s4", action="store_true", help="FlexRound: no s3, s4 (Table 1, ablation 2)")
     add("--p", type=float, default=ReconstructionConfig.p, help="exponent of the range search")
     add("--iterations", type=int, default=250, help="of Adam, for each block")
     add("--lr", type=float, help="Adam's first rate for all methods (default: each method's own)")
@@ -491,17 +515,18 @@ def parse(arguments=None) -> argparse.Namespace:
     add("--data", help="resnet20: folder of CIFAR-10's binary files; gpt: a text file")
     add("--checkpoint", help="resnet20-12fca82f.th (default: downloaded)")
     add("--cache", default="cache", help="folder of the small networks once trained")
-    return parser.parse_args(arguments)
+    return flags
 
 
 def main(arguments=None) -> None:
     """Quantize each network at each number of bits with each method; print the table."""
     import models
 
-    args = parse(arguments)
+    args = parser().parse_args(arguments)
     configs = {(method, bits): ReconstructionConfig(
         method, bits, not args.asymmetric, args.per_channel, p=args.p, iterations=args.iterations,
-        lr=args.lr, seed=args.seed, input_drop=args.input_drop, end_bits=args.end_bits or None,
+        learn_s1=not args.fix_s1, use_s3_s4=not args.no_s3_s4, lr=args.lr, seed=args.seed,
+        input_drop=args.input_drop, end_bits=args.end_bits or None,
         cache_device=args.cache_device) for bits in args.bits for method in ["rtn", *args.method]}
     tasks = {name: models.load_task(name, args.data, args.checkpoint, args.cache, args.split,
                                     args.samples, args.seed) for name in args.model}
@@ -526,7 +551,7 @@ def main(arguments=None) -> None:
     print("| network | bits | full precision | " + " | ".join(NAMES[m] for m in methods) + " |")
     print("|---|---|---|" + "---|" * len(methods))
     for name, task in tasks.items():
-        full = task.score(task.net, args.device)
+        full = task.score(task.net)
         for bits in args.bits:
             cells, base = [], math.nan
             for method in methods:
@@ -542,7 +567,7 @@ def main(arguments=None) -> None:
                     continue
                 seconds = time.perf_counter() - began
                 base = loss if method == "rtn" else base
-                score = task.score(net, args.device)
+                score = task.score(net)
                 cells.append(f"{score:.2f} ({loss / base:.3f}, {seconds:.0f} s)")
             print(f"| {name} | {bits} | {full:.2f} | " + " | ".join(cells) + " |", flush=True)
 
