@@ -739,6 +739,18 @@ def test_never_worse_than_round_to_nearest_on_white_noise(method):
     assert report.best_iteration == 0 and torch.equal(block[0].weight, rtn[0].weight)
 
 
+def test_on_white_noise_flexround_ends_worse_than_it_starts():
+    """Why the best state is kept: README and the head of reconstruct.py say so."""
+    for seed in range(3):
+        torch.manual_seed(seed)
+        layer, x = nn.Linear(64, 64), torch.randn(256, 64)
+        y, config = layer(x), ReconstructionConfig(iterations=200)
+        quantize_layers(layer, config)
+        report = reconstruct_block(layer, x, y, config)
+        assert report.evaluations[-1][1] > 1.1 * report.start_loss
+        assert report.final_loss == report.start_loss and report.best_iteration == 0
+
+
 def test_input_drop_is_the_share_of_full_precision_inputs():
     def history(drop, x_q, x_fp):
         block, _, y, config = prepared(input_drop=drop)
