@@ -53,7 +53,7 @@ from flexround import (
     quantizers,
 )
 
-# Adam's first rate at 1,000 iterations a block, where the caller names none, the best of a search on
+# Adam's first rate at 1,000 iterations a block where the caller names none, the best of a search on
 # training data (README, Results). The paper: FlexRound 4e-4 (ResNets at W4 and W3) or 1e-3 (ResNets
 # at W2, MobileNetV2) at 5,000 iterations, 7e-6 to 7e-3 for language models; AdaRound and AdaQuant
 # 1e-3 at 20,000: AdaRound's V is a logit, and Adam moves it by about lr * iterations / 2 at most.
