@@ -38,6 +38,7 @@ What this file leaves out: activations, and learning the factors (reconstruct.py
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -477,3 +478,36 @@ def fold(module: nn.Module, keep: bool = True) -> nn.Module:
                 delattr(layer, key)
                 layer.register_parameter(key, p)
     return module
+
+
+# ---- What the codes are for: a layer computed in integers ----------------------------------------
+
+def integer_forward(layer: nn.Module, x_codes: Tensor, x_step: Tensor, x_zero: Tensor) -> Tensor:
+    """A quantized layer's output from integer codes and integer inputs: to learn from, not fast.
+
+    With x = x_step * (x_codes - x_zero) and W_hat = s1 * (codes - zero_point) the steps leave the
+    sum, which is over int32 alone; a single multiplication at the end brings the scale back:
+
+        layer(x) = x_step * s1 * sum (x_codes - x_zero) * (codes - zero_point) + bias
+
+    Args:
+        layer: an nn.Linear or nn.Conv2d (zero-padded) with a quantizer in place.
+        x_codes: integers, (..., C_in) or (N, C_in, H, W); RoundToNearest(x, 8, False) finds such
+            codes, their step (its s1) and zero (its zero_point) for a 2-D or 4-D x.
+
+    Raises:
+        ValueError: no quantizer on the layer, or a padding mode other than zeros.
+    """
+    if "" not in quantizers(layer) or getattr(layer, "padding_mode", "zeros") != "zeros":
+        raise ValueError(f"{layer}: a quantized nn.Linear, or nn.Conv2d padded with zeros, is "
+                         "allowed")
+    q = quantizers(layer)[""]
+    k = q.codes(layer.parametrizations.weight.original) - q.zero_point   # int32, W's shape
+    k_x = x_codes.to(torch.int32) - x_zero                           # int32: 0 stands for x = 0
+    if isinstance(layer, nn.Linear):
+        total, channels = F.linear(k_x, k), (-1,)
+    else:
+        total = F.conv2d(k_x, k, None, layer.stride, layer.padding, layer.dilation, layer.groups)
+        channels = (-1, 1, 1)
+    y = total * (x_step * q.s1.reshape(channels))                    # float from here on
+    return y if layer.bias is None else y + layer.bias.reshape(channels)

@@ -25,10 +25,12 @@ How this differs from the paper and from the authors' code, and why
 - The paper states neither the loss's reduction nor the rate's schedule. Both are as in the authors'
   code, except that it sums over dim 1 always, which for a GPT is the tokens: see block_loss.
 
-Left out: activation quantization. `python reconstruct.py --help` lists what the main job can do.
+Below the driver stand the integers, out and back (save_quantized, load_quantized), and the main
+job: `python reconstruct.py --help` lists what it can do. Left out: activation quantization.
 """
 import argparse
 import copy
+import hashlib
 import math
 import platform
 import sys
@@ -37,7 +39,9 @@ import warnings
 from collections.abc import Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -472,6 +476,116 @@ def quantize_model(blocks, calibration: Tensor, config: ReconstructionConfig) ->
     return reports
 
 
+# ---- The integers, out and back ------------------------------------------------------------------
+
+FORMAT, VERSION = "flexround-quantized", 1
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """Unsigned codes below 2^bits, any shape, as uint8 bytes: ceil(codes * bits / 8) of them.
+
+    The codes stand one behind the other, least significant bit first, across byte borders.
+    """
+    bytes_ = codes.to(torch.uint8).numpy().reshape(-1, 1)
+    ones = np.unpackbits(bytes_, axis=1, bitorder="little")          # (count, 8)
+    return torch.from_numpy(np.packbits(ones[:, :bits], bitorder="little"))
+
+
+def unpack(data: Tensor, bits: int, count: int) -> Tensor:
+    """The inverse of pack: int32, (count,)."""
+    ones = np.unpackbits(data.numpy(), count=count * bits, bitorder="little").reshape(count, bits)
+    return torch.from_numpy(np.packbits(ones, axis=1, bitorder="little")[:, 0].astype(np.int32))
+
+
+def save_quantized(model: nn.Module, path) -> int:
+    """Write a quantized model as integers; return the file's size in bytes.
+
+    The file is torch's own format and holds tensors and plain values only, so that it is read with
+    weights_only (no code runs) and without a further package:
+
+        format, version   "flexround-quantized", 1
+        layers            by name: bits, shape, symmetric, axis (0: one s1 a channel, None: one),
+                          offset and bytes of its codes in the buffer
+        codes             uint8: all layers' codes - lo at their true width, each layer from a new
+                          byte on; lo is -2^(b-1) on a symmetric grid and 0 otherwise
+        s1, zero_point    by name; W_hat = s1 * (code - zero_point)
+        rest              the float tensors of state_dict that stay: biases, norms, embeddings
+
+    It is written beside path and then moved there: a file by that name is never half a file.
+
+    Args:
+        model: holds quantizers (quantize_model, not folded yet).
+        path: where to.
+
+    Raises:
+        ValueError: no quantizers in model. OSError: path cannot be written.
+    """
+    placed = quantizers(model)
+    if not placed:
+        raise ValueError("the model holds no quantizers: save it after quantize_model, before fold")
+    layers, s1, zero_point, buffer, offset = {}, {}, {}, [], 0
+    for name, q in placed.items():
+        W = model.get_submodule(name).parametrizations.weight.original
+        data = pack(q.codes(W).cpu() - q.lo, q.bits)
+        layers[name] = {"bits": q.bits, "shape": list(W.shape), "symmetric": q.symmetric,
+                        "axis": 0 if q.per_channel else None, "offset": offset, "bytes": len(data)}
+        s1[name], zero_point[name] = q.s1.detach().cpu(), q.zero_point.cpu()
+        buffer.append(data)
+        offset += len(data)
+    rest = {k: v.cpu() for k, v in model.state_dict().items() if "parametrizations." not in k}
+    partial = Path(f"{path}.partial")
+    torch.save({"format": FORMAT, "version": VERSION, "layers": layers, "codes": torch.cat(buffer),
+                "s1": s1, "zero_point": zero_point, "rest": rest}, partial)
+    partial.replace(path)
+    return Path(path).stat().st_size
+
+
+def load_quantized(model: nn.Module, path) -> nn.Module:
+    """Put the weights of a file of save_quantized into the float architecture; return that, in eval
+    mode.
+
+    The result is what fold() of the saved model would be, to the last bit: plain layers that hold
+    W_hat. Everything is checked before the first tensor is changed.
+
+    Args:
+        model: the architecture, batch norm folded, in full precision; its values do not matter.
+        path: a file of save_quantized.
+
+    Raises:
+        ValueError: a file that is truncated, foreign, newer than this code, or of another
+            architecture (naming the layer). FileNotFoundError: no such file.
+    """
+    try:
+        file = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise
+    except Exception as error:                                       # torch raises many kinds
+        raise ValueError(f"{path}: truncated or not a file of save_quantized "
+                         f"({type(error).__name__})") from error
+    if not isinstance(file, dict) or file.get("format") != FORMAT:
+        raise ValueError(f"{path}: not a file of save_quantized")
+    if file["version"] > VERSION:
+        raise ValueError(f"{path}: version {file['version']}; this code reads up to {VERSION}")
+    state = dict(file["rest"])
+    for name, layer in file["layers"].items():
+        lo, _ = code_range(layer["bits"], layer["symmetric"])
+        data = file["codes"][layer["offset"]:layer["offset"] + layer["bytes"]]
+        codes = unpack(data, layer["bits"], math.prod(layer["shape"])).view(layer["shape"]) + lo
+        W_hat = file["s1"][name] * (codes - file["zero_point"][name])
+        state[f"{name}.weight" if name else "weight"] = W_hat
+    own = model.state_dict()
+    for key in [*state, *own]:
+        if key not in own or key not in state:
+            raise ValueError(f"{path}: another architecture: {key!r} is only in "
+                             f"{'the file' if key in state else 'the model'}")
+        theirs, ours = ((t.dtype, tuple(t.shape)) for t in (state[key], own[key]))
+        if theirs != ours:
+            raise ValueError(f"{path}: another architecture: {key!r} is {theirs} in the file, "
+                             f"{ours} in the model")
+    model.load_state_dict(state)
+    return model.eval()
+
+
 # ---- The main job --------------------------------------------------------------------------------
 
 NAMES = {"rtn": "round to nearest", "adaround": "AdaRound", "adaquant": "AdaQuant",
@@ -515,8 +629,17 @@ def parser() -> argparse.ArgumentParser:
     add("--cache-device", help="where cached activations live (default: --device)")
     add("--data", help="resnet20: folder of CIFAR-10's binary files; gpt: a text file")
     add("--checkpoint", help="resnet20-12fca82f.th (default: downloaded)")
+    add("--save", metavar="FILE", help="write the integers (one model, one method, one --bits)")
+    add("--load", metavar="FILE", help="score a file of --save instead of quantizing (one model)")
     add("--cache", default="cache", help="folder of the small networks once trained")
     return flags
+
+
+def proof(net: nn.Module, task) -> str:
+    """The score to the last digit, and a hash of the logits on the calibration inputs."""
+    logits = run(net.eval(), task.calibration, task.batch_size, device_of([net]), "cpu")
+    return (f"score {task.score(net)!r}, sha256 of the logits "
+            f"{hashlib.sha256(logits.numpy().tobytes()).hexdigest()[:16]}")
 
 
 def main(arguments=None) -> None:
@@ -529,8 +652,17 @@ def main(arguments=None) -> None:
         learn_s1=not args.fix_s1, use_s3_s4=not args.no_s3_s4, lr=args.lr, seed=args.seed,
         input_drop=args.input_drop, end_bits=args.end_bits or None,
         cache_device=args.cache_device) for bits in args.bits for method in ["rtn", *args.method]}
+    if (args.save and (len(args.model), len(args.method), len(args.bits)) != (1, 1, 1)) or (
+            args.load and (len(args.model) != 1 or args.save)):
+        raise ValueError("--save takes one --model, one --method and one of --bits, and --load one "
+                         "--model without --save")
     tasks = {name: models.load_task(name, args.data, args.checkpoint, args.cache, args.split,
                                     args.samples, args.seed) for name in args.model}
+
+    if args.load:
+        task = tasks[args.model[0]]
+        print(f"{args.load}: {proof(load_quantized(task.net, args.load).to(args.device), task)}")
+        return
 
     grid = f"{'asymmetric' if args.asymmetric else 'symmetric'}, per " + \
         ("channel" if args.per_channel else "tensor")
@@ -570,7 +702,13 @@ def main(arguments=None) -> None:
                 base = loss if method == "rtn" else base
                 score = task.score(net)
                 cells.append(f"{score:.2f} ({loss / base:.3f}, {seconds:.0f} s)")
+                if args.save and method != "rtn":
+                    saved = (f"{args.save}: {save_quantized(net, args.save):,} bytes, in float32 "
+                             f"{sum(4 * p.numel() for p in task.net.parameters()):,}; "
+                             f"{proof(net, task)}")
             print(f"| {name} | {bits} | {full:.2f} | " + " | ".join(cells) + " |", flush=True)
+    if args.save:
+        print(f"\n{saved}")
 
 
 if __name__ == "__main__":
