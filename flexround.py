@@ -491,16 +491,20 @@ def integer_forward(layer: nn.Module, x_codes: Tensor, x_step: Tensor, x_zero: T
         layer(x) = x_step * s1 * sum (x_codes - x_zero) * (codes - zero_point) + bias
 
     Args:
-        layer: an nn.Linear or nn.Conv2d (zero-padded) with a quantizer in place.
+        layer: an nn.Linear or nn.Conv2d itself (no subclass), padded with zeros, not dilated (there
+            torch has no convolution of integers), with a quantizer in place. Sums stay below 2^31
+            as long as a weight's fan-in is below 33,000.
         x_codes: integers, (..., C_in) or (N, C_in, H, W); RoundToNearest(x, 8, False) finds such
             codes, their step (its s1) and zero (its zero_point) for a 2-D or 4-D x.
 
     Raises:
-        ValueError: no quantizer on the layer, or a padding mode other than zeros.
+        ValueError: another layer, or no quantizer on it.
     """
-    if "" not in quantizers(layer) or getattr(layer, "padding_mode", "zeros") != "zeros":
-        raise ValueError(f"{layer}: a quantized nn.Linear, or nn.Conv2d padded with zeros, is "
-                         "allowed")
+    plain = parametrize.type_before_parametrizations(layer) in (nn.Linear, nn.Conv2d)
+    padding, dilation = getattr(layer, "padding_mode", "zeros"), getattr(layer, "dilation", (1, 1))
+    if not plain or "" not in quantizers(layer) or padding != "zeros" or tuple(dilation) != (1, 1):
+        raise ValueError(f"{layer}: a quantized nn.Linear, or nn.Conv2d padded with zeros and not "
+                         "dilated, is allowed")
     q = quantizers(layer)[""]
     k = q.codes(layer.parametrizations.weight.original) - q.zero_point   # int32, W's shape
     k_x = x_codes.to(torch.int32) - x_zero                           # int32: 0 stands for x = 0

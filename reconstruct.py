@@ -497,6 +497,27 @@ def unpack(data: Tensor, bits: int, count: int) -> Tensor:
     return torch.from_numpy(np.packbits(ones, axis=1, bitorder="little")[:, 0].astype(np.int32))
 
 
+def _decode(file: dict) -> dict[str, Tensor]:
+    """The state_dict that the content of a file stands for: W_hat of each layer, and the rest."""
+    state = dict(file["rest"])
+    for name, layer in file["layers"].items():
+        lo, _ = code_range(layer["bits"], layer["symmetric"])
+        data = file["codes"][layer["offset"]:layer["offset"] + layer["bytes"]]
+        codes = unpack(data, layer["bits"], math.prod(layer["shape"])).view(layer["shape"]) + lo
+        W_hat = file["s1"][name] * (codes - file["zero_point"][name])
+        state[f"{name}.weight" if name else "weight"] = W_hat
+    return state
+
+
+def _digest(tensors: dict[str, Tensor]) -> str:
+    """A SHA-256 of names and values, whatever the order."""
+    total = hashlib.sha256()
+    for key in sorted(tensors):
+        total.update(key.encode())
+        total.update(tensors[key].flatten().contiguous().view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()
+
+
 def save_quantized(model: nn.Module, path) -> int:
     """Write a quantized model as integers; return the file's size in bytes.
 
@@ -509,13 +530,15 @@ def save_quantized(model: nn.Module, path) -> int:
         codes             uint8: all layers' codes - lo at their true width, each layer from a new
                           byte on; lo is -2^(b-1) on a symmetric grid and 0 otherwise
         s1, zero_point    by name; W_hat = s1 * (code - zero_point)
-        rest              the float tensors of state_dict that stay: biases, norms, embeddings
+        rest              what else state_dict holds: biases, norms, embeddings, other buffers
+        sha256            of all tensors that the loaded network will have
 
-    It is written beside path and then moved there: a file by that name is never half a file.
+    It is written beside path and then moved there: a file by that name is never half a file, and
+    one that was there before survives a failure.
 
     Args:
         model: holds quantizers (quantize_model, not folded yet).
-        path: where to.
+        path: where to, in a folder that exists.
 
     Raises:
         ValueError: no quantizers in model. OSError: path cannot be written.
@@ -532,48 +555,54 @@ def save_quantized(model: nn.Module, path) -> int:
         s1[name], zero_point[name] = q.s1.detach().cpu(), q.zero_point.cpu()
         buffer.append(data)
         offset += len(data)
-    rest = {k: v.cpu() for k, v in model.state_dict().items() if "parametrizations." not in k}
+    ours = tuple(f"{name}.parametrizations.weight.".lstrip(".") for name in placed)
+    rest = {k: v.cpu() for k, v in model.state_dict().items() if not k.startswith(ours)}
+    file = {"format": FORMAT, "version": VERSION, "layers": layers, "codes": torch.cat(buffer),
+            "s1": s1, "zero_point": zero_point, "rest": rest}
+    file["sha256"] = _digest(_decode(file))
     partial = Path(f"{path}.partial")
-    torch.save({"format": FORMAT, "version": VERSION, "layers": layers, "codes": torch.cat(buffer),
-                "s1": s1, "zero_point": zero_point, "rest": rest}, partial)
-    partial.replace(path)
+    try:
+        with open(partial, "wb") as out:
+            torch.save(file, out)
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
     return Path(path).stat().st_size
 
 
 def load_quantized(model: nn.Module, path) -> nn.Module:
-    """Put the weights of a file of save_quantized into the float architecture; return that, in eval
-    mode.
+    """Put the weights of a file of save_quantized into a float network; return it in eval mode.
 
-    The result is what fold() of the saved model would be, to the last bit: plain layers that hold
-    W_hat. Everything is checked before the first tensor is changed.
+    The result equals what fold() of the saved model would be (torch.equal; a weight -0.0 becomes
+    0.0): plain layers that hold W_hat. All is checked before the first tensor is changed.
 
     Args:
-        model: the architecture, batch norm folded, in full precision; its values do not matter.
+        model: the float architecture of the saved model, batch norm folded where it was there; its
+            values do not matter.
         path: a file of save_quantized.
 
     Raises:
-        ValueError: a file that is truncated, foreign, newer than this code, or of another
+        ValueError: a file that is damaged, foreign, newer than this code, or of another
             architecture (naming the layer). FileNotFoundError: no such file.
     """
     try:
         file = torch.load(path, map_location="cpu", weights_only=True)
+        if file["format"] != FORMAT:
+            raise KeyError("format")
+        version = int(file["version"])
+        state = _decode(file) if version == VERSION else {}
+        damaged = version == VERSION and _digest(state) != file["sha256"]
     except FileNotFoundError:
         raise
     except Exception as error:                                       # torch raises many kinds
-        raise ValueError(f"{path}: truncated or not a file of save_quantized "
+        raise ValueError(f"{path}: truncated, damaged or not a file of save_quantized "
                          f"({type(error).__name__})") from error
-    if not isinstance(file, dict) or file.get("format") != FORMAT:
-        raise ValueError(f"{path}: not a file of save_quantized")
-    if file["version"] > VERSION:
-        raise ValueError(f"{path}: version {file['version']}; this code reads up to {VERSION}")
-    state = dict(file["rest"])
-    for name, layer in file["layers"].items():
-        lo, _ = code_range(layer["bits"], layer["symmetric"])
-        data = file["codes"][layer["offset"]:layer["offset"] + layer["bytes"]]
-        codes = unpack(data, layer["bits"], math.prod(layer["shape"])).view(layer["shape"]) + lo
-        W_hat = file["s1"][name] * (codes - file["zero_point"][name])
-        state[f"{name}.weight" if name else "weight"] = W_hat
-    own = model.state_dict()
+    if version != VERSION:
+        raise ValueError(f"{path}: version {version}; this code reads version {VERSION}")
+    if damaged:
+        raise ValueError(f"{path}: damaged: its tensors do not have the SHA-256 that it names")
+    own, at = model.state_dict(), {}
     for key in [*state, *own]:
         if key not in own or key not in state:
             raise ValueError(f"{path}: another architecture: {key!r} is only in "
@@ -582,6 +611,10 @@ def load_quantized(model: nn.Module, path) -> nn.Module:
         if theirs != ours:
             raise ValueError(f"{path}: another architecture: {key!r} is {theirs} in the file, "
                              f"{ours} in the model")
+        twin = at.setdefault((own[key].data_ptr(), *ours), key)
+        if not torch.equal(state[twin], state[key]):
+            raise ValueError(f"{path}: another architecture: {twin!r} and {key!r} are one tensor "
+                             "in the model, two in the file")
     model.load_state_dict(state)
     return model.eval()
 
@@ -656,6 +689,8 @@ def main(arguments=None) -> None:
             args.load and (len(args.model) != 1 or args.save)):
         raise ValueError("--save takes one --model, one --method and one of --bits, and --load one "
                          "--model without --save")
+    if args.save and not Path(args.save).absolute().parent.is_dir():
+        raise ValueError(f"--save {args.save}: there is no such folder")
     tasks = {name: models.load_task(name, args.data, args.checkpoint, args.cache, args.split,
                                     args.samples, args.seed) for name in args.model}
 

@@ -1294,15 +1294,16 @@ def test_saved_and_loaded_is_the_same_network(name, method, symmetric, tmp_path)
     net, x, _ = tiny(name)
     other = copy.deepcopy(net)
     with torch.no_grad():
-        for p in other.parameters():
+        for p in other.train().parameters():
             p.zero_()                                                # nothing of the old is left
-    config = replace(QUICK, method=method, symmetric=symmetric, per_channel=True, iterations=3)
+    config = replace(QUICK, method=method, symmetric=symmetric, per_channel=method != "adaround",
+                     iterations=3)
     quantize_model(net.blocks, x, config)
     y = net(x)
     size = reconstruct.save_quantized(net, tmp_path / "net.pt")
     assert size == (tmp_path / "net.pt").stat().st_size and len(list(tmp_path.iterdir())) == 1
     assert reconstruct.load_quantized(other, tmp_path / "net.pt") is other
-    assert torch.equal(other(x), y)
+    assert torch.equal(other(x), y) and not any(m.training for m in other.modules())
     fold(net)
     assert set(net.state_dict()) == set(other.state_dict())
     assert all(torch.equal(v, other.state_dict()[k]) for k, v in net.state_dict().items())
@@ -1330,14 +1331,49 @@ def test_a_wrong_file_is_refused_and_changes_nothing(tmp_path):
     wider = models.ResNet(widths=(4, 8), depth=1, channels=1)
     refuse(models.fold_batchnorm(wider), r"'blocks.2.conv1.0.\w+' is .*\(6, 4, 3, 3\)|\(6,\)")
     refuse(copy.deepcopy(floats).double(), "torch.float32.* in the file, .*torch.float64")
-    refuse(tiny("mobilenet")[0], "'blocks.1.conv1.0.weight' is only in the file",
-           {**good, "rest": {}})
-    refuse(floats, "version 2; this code reads up to 1", {**good, "version": 2})
+    refuse(tiny("mobilenet")[0], r"another architecture: 'blocks.1.\w+.*' is only in the file")
+    refuse(floats, "version 2; this code reads version 1", {**good, "version": 2})
     refuse(floats, "not a file of save_quantized", floats.state_dict())
+    for key in good:
+        refuse(floats, "not a file of save_quantized", {k: v for k, v in good.items() if k != key})
+    refuse(floats, "damaged", {**good, "codes": good["codes"][:-3]})
+    refuse(floats, "SHA-256", {**good, "codes": good["codes"] ^ 1})
+    assert good["layers"]["blocks.0.0"]["axis"] is None
+    torch.save(good, path)
     path.write_bytes(path.read_bytes()[:-50])
     refuse(floats, "truncated")
     with pytest.raises(FileNotFoundError):
         reconstruct.load_quantized(floats, tmp_path / "none.pt")
+
+
+def test_a_tied_architecture_does_not_take_an_untied_file(tmp_path):
+    net = nn.Sequential(nn.Embedding(7, 5), nn.Linear(5, 7, bias=False))
+    tied = copy.deepcopy(net)
+    tied[1].weight = tied[0].weight
+    quantize_layers(net, ReconstructionConfig(bits=3))
+    reconstruct.save_quantized(net, tmp_path / "net.pt")
+    with pytest.raises(ValueError, match="are one tensor in the model"):
+        reconstruct.load_quantized(tied, tmp_path / "net.pt")
+
+
+def test_a_failing_save_keeps_the_old_file_and_leaves_nothing(tmp_path, monkeypatch):
+    net = nn.Linear(4, 4)
+    quantize_layers(net, ReconstructionConfig(bits=3, per_channel=True))
+    path = tmp_path / "net.pt"
+    reconstruct.save_quantized(net, path)
+    assert torch.load(path, weights_only=True)["layers"][""]["axis"] == 0
+    old = path.read_bytes()
+
+    def fail(file, out):
+        out.write(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(OSError, match="disk full"):
+        reconstruct.save_quantized(net, path)
+    assert path.read_bytes() == old and list(tmp_path.iterdir()) == [path]
+    with pytest.raises(FileNotFoundError):
+        reconstruct.save_quantized(net, tmp_path / "nowhere" / "net.pt")
 
 
 @over_shapes
@@ -1371,6 +1407,14 @@ def test_a_layer_in_integers_equals_the_simulated_one(make, symmetric, per_chann
         flexround.integer_forward(fold(layer), q_x.codes(x), q_x.s1, q_x.zero_point)
 
 
+@pytest.mark.parametrize("name", ["dilated, reflected", "same, circular", "subclass"])
+def test_a_layer_that_integers_cannot_compute_is_refused(name):
+    layer = LAYERS[name]()
+    quantize_layers(layer, ReconstructionConfig(bits=4))
+    with pytest.raises(ValueError, match="is allowed"):
+        flexround.integer_forward(layer, torch.zeros(1, 4, 9, 9), torch.ones(()), torch.zeros(()))
+
+
 def test_save_and_load_from_the_command_line(tmp_path):
     string = "the quick brown fox jumps over the lazy dog; " * 300
     (tmp_path / "text.txt").write_text(string)
@@ -1387,6 +1431,11 @@ def test_save_and_load_from_the_command_line(tmp_path):
     assert again.stdout.split("score")[1] == done.stdout.split("score")[1]
     wrong = command(*same, "--save", "q.pt", cwd=tmp_path)
     assert wrong.returncode == 1 and "--save takes one --model, one --method" in wrong.stderr
+    one = ["--method", "flexround", "--bits", "4", "--save"]
+    for extra, message in (([*one, "q.pt", "--bits", "4", "3"], "--save takes one"),
+                           ([*one, "q.pt", "--load", "q"], "--save takes one"),
+                           ([*one, "nowhere/q.pt"], "there is no such folder")):
+        assert message in command(*same, *extra, cwd=tmp_path).stderr
 
 
 # ---- 6. Bad input --------------------------------------------------------------------------------
