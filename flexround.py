@@ -500,12 +500,12 @@ def integer_forward(layer: nn.Module, x_codes: Tensor, x_step: Tensor, x_zero: T
     Raises:
         ValueError: another layer, or no quantizer on it.
     """
+    q = quantizers(layer).get("")
     plain = parametrize.type_before_parametrizations(layer) in (nn.Linear, nn.Conv2d)
     padding, dilation = getattr(layer, "padding_mode", "zeros"), getattr(layer, "dilation", (1, 1))
-    if not plain or "" not in quantizers(layer) or padding != "zeros" or tuple(dilation) != (1, 1):
+    if not plain or q is None or padding != "zeros" or tuple(dilation) != (1, 1):
         raise ValueError(f"{layer}: a quantized nn.Linear, or nn.Conv2d padded with zeros and not "
                          "dilated, is allowed")
-    q = quantizers(layer)[""]
     k = q.codes(layer.parametrizations.weight.original) - q.zero_point   # int32, W's shape
     k_x = x_codes.to(torch.int32) - x_zero                           # int32: 0 stands for x = 0
     if isinstance(layer, nn.Linear):
