@@ -292,16 +292,59 @@ class AdaQuant(RoundToNearest):
 
     V has W's shape and W's units and starts at zeros; s1 is learned with it. With G = dL/dW_hat,
     dL/dV = inside G: how large the weight is does not enter, which is the paper's point.
+
+    V_in_steps=True is not AdaQuant's but an experiment's (README, Why so close): W_hat =
+    s1 * round(W / s1 + V), so that one rate moves the weights of each layer by as many grid steps.
     """
 
     learns_s1 = True
 
-    def __init__(self, W, bits, symmetric=True, per_channel=False, *, p=2.4):
+    def __init__(self, W, bits, symmetric=True, per_channel=False, *, p=2.4,
+                 V_in_steps: bool = False):
         super().__init__(W, bits, symmetric, per_channel, p=p)
+        self.V_in_steps = V_in_steps
         self.V = nn.Parameter(torch.zeros_like(W))                   # W's shape
 
     def integers(self, W):
-        return Clamp.apply(Round.apply((W + self.V) / self.s1), *self.bounds)
+        u = W / self.s1 + self.V if self.V_in_steps else (W + self.V) / self.s1
+        return Clamp.apply(Round.apply(u), *self.bounds)
+
+
+class Division(torch.autograd.Function):
+    """W_hat = s1 * clamp(round(W / S)), Eqs. 1 and 2, from the logarithms of the factors; and on
+    the way back Proposition 3.1, in the form that the logarithms give it:
+
+        dW_hat/dlog S2 = dW_hat/dlog s3 = dW_hat/dlog s4 = -inside s1 u          (slope below)
+        dW_hat/dlog s1 = s1 (k - inside u) = W_hat + slope
+
+    By autograd's chain through exp, product, division, Round and Clamp the same takes more
+    operations and memory; here nothing of W's size is kept but slope (the layer keeps W_hat).
+    """
+
+    @staticmethod
+    def forward(ctx, W, log_s1, log_S2, log_s3, log_s4, lo, hi):
+        log_S = log_s1                                               # Eq. 2: S = s1 S2 s3 (s4),
+        for log in (log_s3, log_s4, log_S2):                         # the small ones first
+            log_S = log_S if log is None else log_S + log
+        u = W / log_S.exp()
+        code = u.round()
+        k = code.clamp(lo, hi)
+        s1 = log_s1.exp()
+        slope = u.mul_(code == k).mul_(-s1)                          # inside: the clamp did nothing
+        W_hat = k.mul_(s1)                                           # Eq. 1: outside is s1 alone
+        ctx.save_for_backward(slope, W_hat)
+        ctx.shapes = [None if log is None else log.shape for log in (log_s1, log_s3, log_s4)]
+        return W_hat
+
+    @staticmethod
+    def backward(ctx, G):
+        slope, W_hat = ctx.saved_tensors
+        to_S2 = G * slope
+        to_s1 = torch.addcmul(to_S2, G, W_hat)                       # G (W_hat + slope)
+        # A factor that several weights share gets the sum of theirs.
+        to_s1, to_s3, to_s4 = (None if shape is None else to.sum_to_size(shape)
+                               for to, shape in zip((to_s1, to_S2, to_S2), ctx.shapes, strict=True))
+        return None, to_s1, to_S2, to_s3, to_s4, None, None
 
 
 class FlexRound(RoundToNearest):
@@ -317,8 +360,8 @@ class FlexRound(RoundToNearest):
         dL/dS2 =     -inside G W / (S2^2 s3 s4)        dL/ds3 = sum -inside G W / (S2 s3^2 s4)
         dL/ds4 = sum -inside G W / (S2 s3 s4^2)        dL/ds1 = sum G (k - inside u)
 
-    and for a stored logarithm times the factor itself, dL/dlog S2 = S2 dL/dS2. The sums are those
-    that autograd makes of Round and Clamp above; the tests compare them with these lines.
+    and for a stored logarithm times the factor itself, dL/dlog S2 = S2 dL/dS2. Division computes
+    them; autograd would find the same through Round and Clamp, in more operations.
 
     Args (beyond RoundToNearest's), the ablations of the paper's Table 1:
         learn_s1: False fixes s1 at its start (ablation 1).
@@ -353,16 +396,26 @@ class FlexRound(RoundToNearest):
         """One positive scale an input channel, (1, C_in, 1, 1); None for a linear layer."""
         return None if self.log_s4 is None else self.log_s4.exp()
 
+    @torch.no_grad()
     def integers(self, W):
-        # Eq. 2: S = s1 * S2 * s3 (linear) or s1 * S2 * s3 * s4 (convolution), small factors first.
-        S = self.s1
-        for factor in (self.s3, self.s4, self.S2):
-            S = S if factor is None else S * factor
-        return Clamp.apply(Round.apply(W / S), *self.bounds)         # Eq. 1, less the s1 outside
+        return (self(W) / self.s1).round()                           # W_hat = s1 k, back to k
+
+    def forward(self, W):
+        return Division.apply(W, self.log_s1, self.log_S2, self.log_s3, self.log_s4, *self.bounds)
 
 
 METHODS = {"rtn": RoundToNearest, "adaround": AdaRound, "adaquant": AdaQuant,
            "flexround": FlexRound}
+SWITCHES = {AdaQuant: ["V_in_steps"], FlexRound: ["learn_s1", "use_s3_s4"]}    # a method's own
+
+
+def grid_shift(q: RoundToNearest, W: Tensor, p: float = 2.4) -> Tensor:
+    """How many grid steps q moves each weight from round to nearest: int32, W's shape.
+
+    The difference of the codes, each on its own grid: q's with s1 as learned, round to nearest's
+    with s1 as search_range finds it. (Figs. 3 to 6; the paper does not say which s1 it takes.)
+    """
+    return q.codes(W) - RoundToNearest(W, q.bits, q.symmetric, q.per_channel, p=p).codes(W)
 
 
 # ---- The seam: a quantizer is a parametrization of a layer's weight ------------------------------
@@ -423,8 +476,8 @@ def quantize_layers(block: nn.Module, config, layer_bits: dict[str, int] | None 
 
     Args:
         block: any module; a single layer is one too, and its name is then ''.
-        config: a reconstruct.ReconstructionConfig; method, bits, symmetric, per_channel, p,
-            learn_s1 and use_s3_s4 are read.
+        config: a reconstruct.ReconstructionConfig; method, bits, symmetric, per_channel, p, and
+            the method's switches are read.
         layer_bits: bits of single layers by their name within the block, before config.bits.
         skip: names within the block that stay as they are.
 
@@ -443,8 +496,7 @@ def quantize_layers(block: nn.Module, config, layer_bits: dict[str, int] | None 
             raise ValueError(f"layer_bits names {name!r} ({kind}): the nn.Linear and nn.Conv2d to "
                              f"quantize are {list(layers)}")
     rule = METHODS[config.method]
-    switches = {} if rule is not FlexRound else {
-        "learn_s1": config.learn_s1, "use_s3_s4": config.use_s3_s4}
+    switches = {name: getattr(config, name) for name in SWITCHES.get(rule, ())}
     made = {name: rule(layer.weight, layer_bits.get(name, config.bits), config.symmetric,
                        config.per_channel, p=config.p, **switches)
             for name, layer in layers.items()}

@@ -208,6 +208,24 @@ def fold_batchnorm(net: nn.Module) -> nn.Module:
     return net
 
 
+@torch.no_grad()
+def rescale(net: ResNet, spread: float, seed: int = 0) -> ResNet:
+    """Make the channels inside each basic block unequal without changing what it computes.
+
+    Each output channel of conv1 is multiplied by a factor from 1 / spread to spread (uniform in its
+    logarithm) and the same input channel of conv2 divided by it; the ReLU between lets the factor
+    pass. Batch norm has to be folded. In place; returns net.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for block in (b for b in net.modules() if isinstance(b, BasicBlock) and spread != 1):
+        conv1, conv2 = block.conv1[0], block.conv2[0]
+        factor = spread ** (2 * torch.rand(conv1.out_channels, generator=generator) - 1)
+        conv1.weight.mul_(factor.view(-1, 1, 1, 1))
+        conv1.bias.mul_(factor)
+        conv2.weight.div_(factor.view(1, -1, 1, 1))
+    return net
+
+
 # ---- A GPT (GPT-2's architecture, in nanoGPT's spirit) -------------------------------------------
 
 class Embeddings(nn.Module):
@@ -478,18 +496,21 @@ def trained(net: nn.Module, path: Path, fit: Callable) -> nn.Module:
 
 
 def load_task(name: str, data=None, checkpoint=None, cache="cache", split: str = "test",
-              samples: int | None = None, seed: int = 0) -> Task:
+              samples: int | None = None, seed: int = 0, spread: float = 1.0) -> Task:
     """One of the main job's networks, trained where it has to be.
 
     Args:
-        name: "resnet" or "mobilenet" (on digits), "gpt" (on characters), "resnet20" (CIFAR-10).
-        data: resnet20: the folder of CIFAR-10's binary files; gpt: a text file, None for Python's.
+        name: "resnet" or "mobilenet" (on digits), "resnet20" (CIFAR-10), "gpt" (3 layers, width 64,
+            on characters) or "shakespeare" (4 layers, width 128).
+        data: resnet20: the folder of CIFAR-10's binary files; the GPTs: a text file, where gpt
+            takes Python's without one.
         checkpoint: resnet20: its file, None downloads it.
         cache: folder for the small networks once trained.
         split: "test" scores test images, or the last 5 % of the text; "train" training images
             that are not calibration, or the 5 % of text before: what settings are chosen on.
         samples: how many calibration inputs, drawn from the training data by seed; None is 1,024
             images (512 digits) or 128 sequences.
+        spread: of the ResNets, rescale the channels by it (see rescale).
 
     Raises:
         ValueError, OSError: unknown name, unusable data, or too few inputs for samples.
@@ -504,25 +525,32 @@ def load_task(name: str, data=None, checkpoint=None, cache="cache", split: str =
         order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
         return order[:count], order[count:]
 
-    if name == "gpt":
+    if spread != 1 and name not in ("resnet", "resnet20"):
+        raise ValueError(f"spread = {spread}: of resnet and resnet20 only, not of {name}")
+    if name in ("gpt", "shakespeare"):
+        if name == "shakespeare" and data is None:
+            raise ValueError("shakespeare needs a text file, tinyshakespeare.txt (--data)")
+        context, layers, width, steps = (64, 3, 64, 1000) if name == "gpt" else (128, 4, 128, 2500)
         string = text(data)
         tokens, vocabulary = characters(string)
         with torch.random.fork_rng(devices=[]):                      # the caller's stream stays
             torch.manual_seed(0)
-            net = GPT(len(vocabulary), context=64, layers=3, heads=4, width=64)
+            net = GPT(len(vocabulary), context, layers, heads=4, width=width)
         if len(tokens) < 100 * net.context:
             raise ValueError(f"{data}: {len(tokens)} characters; at least {100 * net.context} are "
                              "needed")
         a, b = int(0.9 * len(tokens)), int(0.95 * len(tokens))
-        trained(net, Path(cache) / f"gpt-{fingerprint(string)}.pt",
-                lambda net: train_gpt(net, tokens[:a], label="training the GPT"))
+        trained(net, Path(cache) / f"{name}-{fingerprint(string)}.pt",
+                lambda net: train_gpt(net, tokens[:a], steps, label="training the GPT"))
         start, _ = draw(a - net.context, 128)
         held = tokens[b:] if split == "test" else tokens[a:b]
-        source = data or f"pydoc_data.topics of Python {platform.python_version()}"
+        source = (Path(data).name if data else
+                  f"pydoc_data.topics of Python {platform.python_version()}")
         return Task(net, tokens[start[:, None] + torch.arange(net.context)],
                     lambda net: perplexity(net, held, net.context), 8,
-                    f"3 layers, width 64; characters of {source}, sha256 {fingerprint(string)}; "
-                    f"perplexity over {len(held) // net.context} windows of {net.context}")
+                    f"{layers} layers, width {width}; characters of {source}, "
+                    f"sha256 {fingerprint(string)}; perplexity over the {split} split's "
+                    f"{len(held) // net.context} windows of {net.context}")
     if name == "resnet20":
         if data is None:
             raise ValueError("resnet20 needs the data folder with CIFAR-10's binary files (--data)")
@@ -543,7 +571,8 @@ def load_task(name: str, data=None, checkpoint=None, cache="cache", split: str =
     index, rest = draw(len(x), default)
     if split == "train":
         x_test, y_test = x[rest], y[rest]
-    return Task(fold_batchnorm(net), x[index],
+    return Task(rescale(fold_batchnorm(net), spread), x[index],
                 lambda net: accuracy(net, x_test, y_test), 32,
                 f"{sum(p.numel() for p in net.parameters()):,} weights; {source}; "
+                f"{f'channels rescaled by up to {spread:g}; ' if spread != 1 else ''}"
                 f"accuracy on {len(y_test):,} {split} images")

@@ -18,8 +18,8 @@ So the whole driver, quantize_model below, is this loop:
         x_fp, x_q = y_fp, block(x_q)
 
 How this differs from the paper and from the authors' code, and why
-- The best of the start and ten evaluations is kept, so that the result is never worse than round to
-  nearest on the calibration set. FlexRound on white noise, for one, ends worse without it.
+- The best of the start and four evaluations is kept, so that the result is never worse than round
+  to nearest on the calibration set. FlexRound on white noise, for one, ends worse without it.
 - All methods share optimizer (Adam, cosine decay to 0), iterations and batches; only the rate is
   each method's own. The paper runs the baselines with BRECQ's settings (Adam 1e-3, 20k iterations).
 - The paper states neither the loss's reduction nor the rate's schedule. Both are as in the authors'
@@ -31,18 +31,22 @@ job: `python reconstruct.py --help` lists what it can do. Left out: activation q
 import argparse
 import copy
 import hashlib
+import json
 import math
 import platform
+import statistics
 import sys
 import time
 import warnings
+from collections import Counter
 from collections.abc import Iterable
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from tqdm.auto import tqdm
@@ -52,9 +56,11 @@ from flexround import (
     AdaRound,
     code_range,
     fold,
+    grid_shift,
     quantizable_layers,
     quantize_layers,
     quantizers,
+    search_range,
 )
 
 # Adam's first rate at 1,000 iterations a block where the caller names none, the best of a search on
@@ -75,6 +81,8 @@ class ReconstructionConfig:
     p: float = 2.4                   # exponent of the range search; the paper's is 2
     learn_s1: bool = True            # FlexRound only; False is ablation 1 of Table 1
     use_s3_s4: bool = True           # FlexRound only; False is ablation 2 of Table 1
+    V_in_steps: bool = False         # AdaQuant only; True, V in grid steps, is an experiment's
+    optimizer: str = "adam"          # or "sgd", plain, which needs an lr
     iterations: int = 1000           # a block; section 4: 5,000 for CNNs, 500 for language models
     batch_size: int = 32             # inputs drawn an iteration; 32 is BRECQ's for CNNs
     lr: float | None = None          # Adam's first rate; None is the method's own, DEFAULT_LR
@@ -99,7 +107,10 @@ class ReconstructionConfig:
             code_range(self.end_bits, self.symmetric, "end_bits")
         for name, bits in self.layer_bits.items():
             code_range(bits, self.symmetric, f"layer_bits[{name!r}]")
-        for name in ("symmetric", "per_channel", "learn_s1", "use_s3_s4"):
+        check("optimizer", str, "adam or sgd", lambda v: v in ("adam", "sgd"))
+        if self.optimizer == "sgd" and self.lr is None and self.method != "rtn":
+            raise ValueError("optimizer = 'sgd' needs an lr: the default rates are Adam's")
+        for name in ("symmetric", "per_channel", "learn_s1", "use_s3_s4", "V_in_steps"):
             check(name, bool, "True or False")
         for name, least in (("iterations", 1), ("batch_size", 1), ("seed", 0)):
             check(name, int, f"an integer of at least {least}", lambda v, least=least: v >= least)
@@ -119,7 +130,7 @@ class BlockReport:
     start_loss: float                        # round to nearest in this block, on the given x_q
     final_loss: float                        # of the state that was kept: the least of evaluations
     best_iteration: int                      # when that was; 0 is the start
-    evaluations: list[tuple[int, float]]     # (iterations done, loss): the start and each tenth
+    evaluations: list[tuple[int, float]]     # (iterations done, loss): start, each quarter
     history: list[float]                     # what Adam saw: a batch's loss at each iteration, for
     #                                          AdaRound with soft codes and the regulariser
     seconds: float
@@ -135,7 +146,7 @@ def block_loss(y: Tensor, y_fp: Tensor) -> Tensor:
     """
     if y.shape != y_fp.shape:
         raise ValueError(f"the block returns {tuple(y.shape)}, its target has {tuple(y_fp.shape)}")
-    return (y - y_fp).square().sum(1 if y.dim() == 4 else -1).mean()
+    return F.mse_loss(y, y_fp) * y.shape[1 if y.dim() == 4 else -1]
 
 
 @torch.no_grad()
@@ -163,8 +174,8 @@ def evaluate(block: nn.Module, x: Tensor, y_fp: Tensor, batch_size: int, device)
 
 
 def evaluation_marks(iterations: int) -> set[int]:
-    """After how many iterations all calibration inputs are evaluated: each tenth, rounded down."""
-    return {iterations * tenth // 10 for tenth in range(1, 11)} - {0}
+    """After how many iterations all calibration inputs are evaluated: quarters, rounded down."""
+    return {iterations * quarter // 4 for quarter in range(1, 5)} - {0}
 
 
 def device_of(blocks) -> torch.device:
@@ -199,7 +210,7 @@ def reconstruct_block(block: nn.Module, x_q: Tensor, y_fp: Tensor, config: Recon
                       x_fp: Tensor | None = None, index: int = 0, progress=None) -> BlockReport:
     """Learn the factors of a block's quantizers, in place: Adam on block_loss(block(x_q), y_fp).
 
-    The rate falls to 0 along a cosine. At the start and after each tenth of the iterations all of
+    The rate falls to 0 along a cosine. At the start and after each quarter of the iterations all of
     the calibration set is evaluated with hard codes on x_q, and the best state seen is the one that
     is kept. Afterwards the block is in eval mode and its factors are frozen; no other parameter is
     touched, and requires_grad of the others is as it was.
@@ -309,24 +320,38 @@ def _iterate(block, learned, x_q, y_fp, x_fp, config, index, history):
     regularised = [q for q in quantizers(block).values() if isinstance(q, AdaRound)]
 
     lr = DEFAULT_LR[config.method] if config.lr is None else config.lr
-    optimizer = torch.optim.Adam(learned, lr=lr)
-    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total)    # falls to 0
-    for i in range(total):
+    # What changes from iteration to iteration lies in tensors that are filled before each: the
+    # rate (a cosine that falls to 0), AdaRound's weight and beta, and the batch.
+    changing = torch.tensor([(lr * (1 + math.cos(math.pi * i / total)) / 2,
+                              *AdaRound.schedule(i / total)) for i in range(total)], device=device)
+    rate, weight, beta = now = changing[0].clone()
+    batch = batches[0].clone()
+    if config.optimizer == "sgd":
+        optimizer = torch.optim.SGD(learned, lr=rate)
+    else:
+        optimizer = torch.optim.Adam(learned, lr=rate, fused=True,
+                                     capturable=device.type == "cuda")
+
+    def iteration():
         for q in regularised:
             q.train()                                                # soft codes
-        x, y = x_q[batches[i]].to(device), y_fp[batches[i]].to(device)
+        x, y = (t.index_select(0, batch).to(device) for t in (x_q, y_fp))
         if config.input_drop > 0:                                    # QDrop, element by element
             full = torch.rand(x.shape, generator=drop, device=device) < config.input_drop
-            x = torch.where(full, x_fp[batches[i]].to(device), x)
+            x = torch.where(full, x_fp.index_select(0, batch).to(device), x)
         loss = block_loss(block(x), y)
-        weight, beta = AdaRound.schedule(i / total)
-        for q in regularised if weight else ():                      # AdaRound only
+        for q in regularised:                                        # AdaRound only
             loss = loss + weight * q.regulariser(beta)
-        optimizer.zero_grad()
+        for p in learned:
+            p.grad = None
         loss.backward()
         optimizer.step()
-        cosine.step()
-        history[i] = loss.detach()
+        return loss.detach()
+
+    for i in range(total):
+        now.copy_(changing[i])
+        batch.copy_(batches[i])
+        history[i] = iteration()
         yield i + 1
 
 
@@ -633,12 +658,12 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = flags.add_argument
     add("--model", nargs="+", default=["resnet", "mobilenet", "gpt"], metavar="NAME",
-        choices=["resnet", "mobilenet", "gpt", "resnet20"],
+        choices=["resnet", "mobilenet", "gpt", "resnet20", "shakespeare"],
         help="resnet, mobilenet: small ones on scikit-learn's digits; gpt: a small one on "
-             "characters; resnet20: CIFAR-10's public checkpoint, needs --data")
-    add("--method", nargs="+", default=["adaround", "adaquant", "flexround"], metavar="NAME",
-        choices=["adaround", "adaquant", "flexround"],
-        help="adaround, adaquant, flexround; round to nearest always runs")
+             "characters; resnet20: CIFAR-10's public checkpoint, needs --data; shakespeare: a "
+             "larger character GPT, needs --data")
+    add("--method", nargs="+", default=list(NAMES), metavar="NAME", choices=list(NAMES),
+        help=", ".join(NAMES))
     add("--bits", nargs="+", type=int, default=[3, 2], help="of a weight, 2 to 8; a row each")
     add("--end-bits", type=int, default=8,
         help="bits of the first layer of the first block and the last of the last; 0: as --bits")
@@ -646,25 +671,33 @@ def parser() -> argparse.ArgumentParser:
     add("--per-channel", action="store_true", help="one s1 an output channel")
     add("--fix-s1", action="store_true", help="FlexRound: s1 not learned (Table 1, ablation 1)")
     add("--no-s3-s4", action="store_true", help="FlexRound: no s3, s4 (Table 1, ablation 2)")
+    add("--V-in-steps", action="store_true", help="AdaQuant: V counts grid steps (an experiment)")
+    add("--optimizer", default="adam", help="adam, or sgd, which needs --lr")
     add("--p", type=float, default=ReconstructionConfig.p, help="exponent of the range search")
-    add("--iterations", type=int, default=250, help="of Adam, for each block")
-    add("--lr", type=float, help="Adam's first rate for all methods (default: each method's own)")
+    add("--iterations", type=int, default=250, help="of the optimizer, for each block")
+    add("--lr", type=float, help="first rate for all methods (default: each method's own)")
     add("--batch-size", type=int, help="inputs an iteration (default: 32 images or 8 sequences)")
     add("--samples", type=int, help="calibration inputs (default: 512 digits, 1,024 images of "
                                     "CIFAR-10, 128 sequences)")
     add("--input-drop", type=float, default=0.0,
         help="share of a block's input taken from the full-precision network")
-    add("--seed", type=int, default=0, help="of the calibration draw and of the batches")
+    add("--rescale", type=float, default=1.0, help="resnet, resnet20: multiply channels by up to "
+        "this and divide by it behind the ReLU, which changes no output (an experiment)")
+    add("--seed", nargs="+", type=int, default=[0], help="of calibration draw and batches; several "
+                                                         "give medians")
     add("--split", choices=["test", "train"], default="test",
         help="score test data, or what settings are chosen on: held-out training images, "
              "validation text")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, ...")
     add("--cache-device", help="where cached activations live (default: --device)")
-    add("--data", help="resnet20: folder of CIFAR-10's binary files; gpt: a text file")
+    add("--data", help="resnet20: folder of CIFAR-10's binary files; gpt, shakespeare: a text file")
     add("--checkpoint", help="resnet20-12fca82f.th (default: downloaded)")
     add("--save", metavar="FILE", help="write the integers (one model, one method, one --bits)")
     add("--load", metavar="FILE", help="score a file of --save instead of quantizing (one model)")
     add("--cache", default="cache", help="folder of the small networks once trained")
+    add("--study", metavar="NAME", help="append each run to --results under this name, and take "
+        "from there what ran before: a long study can be stopped and continued")
+    add("--results", metavar="FILE", default="docs/results.jsonl", help="runs, one JSON a line")
     return flags
 
 
@@ -675,75 +708,153 @@ def proof(net: nn.Module, task) -> str:
             f"{hashlib.sha256(logits.numpy().tobytes()).hexdigest()[:16]}")
 
 
+def one_run(name: str, task, config: ReconstructionConfig, full: float):
+    """Quantize a copy of task.net; return it with the run's record, a dict of plain values."""
+    net = copy.deepcopy(task.net)
+    began = time.perf_counter()
+    reports = quantize_model(net.blocks, task.calibration, config)
+    seconds = time.perf_counter() - began
+    moved, ratios = [], []
+    for layer, q in quantizers(net).items():
+        W = net.get_submodule(layer).parametrizations.weight.original
+        moved.append(grid_shift(q, W, config.p).abs().flatten())
+        start = search_range(W, q.bits, q.symmetric, q.per_channel, config.p)[0]
+        ratios.append(float((q.log_s1 - start).exp().median()))
+    moved = torch.cat(moved)
+    device = device_of([net])
+    machine = (torch.cuda.get_device_name(device) if device.type == "cuda" else
+               f"{platform.machine()}, {torch.get_num_threads()} threads")
+    return net, {
+        "network": name, "about": task.about, "config": asdict(config), "full": full,
+        "score": task.score(net), "loss": reports[-1].final_loss, "seconds": round(seconds, 1),
+        "kept_last": sum(r.best_iteration == config.iterations for r in reports) / len(reports),
+        "moved": [float((moved >= steps).float().mean()) for steps in (1, 2)],
+        "s1_ratio": [min(ratios), max(ratios)],
+        "machine": f"{machine}, torch {torch.__version__}"}
+
+
+def same_run(record: dict, study: str, name: str, about: str, config: ReconstructionConfig) -> bool:
+    """Whether a record is of this run. Settings that came later had their defaults."""
+    then = ReconstructionConfig(**record["config"])
+    return (record["study"], record["network"], record["about"]) == (study, name, about) and \
+        replace(then, cache_device=None) == replace(config, cache_device=None)
+
+
+def read_results(path) -> list[dict]:
+    """The runs of a results file, one JSON a line; none where there is no file."""
+    try:
+        return [json.loads(line) for line in Path(path).read_text().splitlines()]
+    except FileNotFoundError:
+        return []
+    except ValueError as error:
+        raise ValueError(f"{path}: not a file of results, one JSON a line ({error})") from error
+
+
+def table(records: list[dict]) -> str:
+    """Runs as a Markdown table: a row for each network and number of bits, a column for each method
+    and setting; the median over seeds, least and greatest in brackets, and the median seconds.
+
+    A setting is named in the column's head where it differs from that of most runs.
+    """
+    hidden = ("method", "bits", "seed", "cache_device", "batch_size")
+    usual = {}                                                       # of each method's settings
+    for config in (r["config"] for r in records):
+        for key, value in config.items():
+            usual.setdefault((config["method"], key), Counter())[str(value)] += 1
+    cells = {}
+    for record in records:
+        config = record["config"]
+        other = [f"{k} {v}" for k, v in config.items() if k not in hidden
+                 and str(v) != usual[config["method"], k].most_common(1)[0][0]]
+        row = record["network"], config["bits"]
+        column = ", ".join([NAMES[config["method"]], *other])
+        cells.setdefault(column, {}).setdefault(row, []).append(record)
+    full = {row: runs[0]["full"] for rows in cells.values() for row, runs in rows.items()}
+
+    def cell(runs):
+        scores = [r["score"] for r in runs]
+        seconds = statistics.median(r["seconds"] for r in runs)
+        spread = f"{min(scores):.2f} to {max(scores):.2f}; " if len(runs) > 1 else ""
+        return f"{statistics.median(scores):.2f} ({spread}{seconds:.0f} s)" if runs else ""
+
+    lines = [["network", "bits", "full precision", *cells], ["---"] * (len(cells) + 3)]
+    lines += [[row[0], str(row[1]), f"{value:.2f}", *(cell(rows.get(row, []))
+                                                      for rows in cells.values())]
+              for row, value in full.items()]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
 def main(arguments=None) -> None:
-    """Quantize each network at each number of bits with each method; print the table."""
+    """Quantize each network at each number of bits with each method and seed; print the table."""
     import models
 
     args = parser().parse_args(arguments)
-    configs = {(method, bits): ReconstructionConfig(
+    configs = [ReconstructionConfig(
         method, bits, not args.asymmetric, args.per_channel, p=args.p, iterations=args.iterations,
-        learn_s1=not args.fix_s1, use_s3_s4=not args.no_s3_s4, lr=args.lr, seed=args.seed,
-        input_drop=args.input_drop, end_bits=args.end_bits or None,
-        cache_device=args.cache_device) for bits in args.bits for method in ["rtn", *args.method]}
-    if (args.save and (len(args.model), len(args.method), len(args.bits)) != (1, 1, 1)) or (
+        learn_s1=not args.fix_s1, use_s3_s4=not args.no_s3_s4, V_in_steps=args.V_in_steps,
+        optimizer=args.optimizer, seed=seed, lr=None if method == "rtn" else args.lr or
+        (DEFAULT_LR[method] if args.optimizer == "adam" else None), input_drop=args.input_drop,
+        end_bits=args.end_bits or None, cache_device=args.cache_device)
+        for bits in args.bits for method in args.method for seed in args.seed]
+    if (args.save and (len(args.model), len(configs)) != (1, 1)) or (
             args.load and (len(args.model) != 1 or args.save)):
-        raise ValueError("--save takes one --model, one --method and one of --bits, and --load one "
-                         "--model without --save")
-    if args.save and not Path(args.save).absolute().parent.is_dir():
-        raise ValueError(f"--save {args.save}: there is no such folder")
-    tasks = {name: models.load_task(name, args.data, args.checkpoint, args.cache, args.split,
-                                    args.samples, args.seed) for name in args.model}
-
+        raise ValueError("--save takes one each of --model, --method, --bits and --seed, and "
+                         "--load one --model without --save")
+    for flag in ("save", "results"):
+        path = args.save if flag == "save" else args.study and args.results
+        if path and not Path(path).absolute().parent.is_dir():
+            raise ValueError(f"--{flag} {path}: there is no such folder")
+    tasks = {(name, seed): models.load_task(
+        name, args.data, args.checkpoint, args.cache, args.split, args.samples, seed, args.rescale)
+        for name in args.model for seed in args.seed}
     if args.load:
-        task = tasks[args.model[0]]
+        task = tasks[args.model[0], args.seed[0]]
         print(f"{args.load}: {proof(load_quantized(task.net, args.load).to(args.device), task)}")
         return
 
     grid = f"{'asymmetric' if args.asymmetric else 'symmetric'}, per " + \
         ("channel" if args.per_channel else "tensor")
-    print(f"{grid} grid, p = {args.p}, {args.iterations} iterations a block, seed {args.seed}; "
-          f"torch {torch.__version__} on {args.device}, {torch.get_num_threads()} threads, "
-          f"{platform.machine()}")
-    for name, task in tasks.items():
+    print(f"{grid} grid, p = {args.p}, {args.iterations} iterations a block, seed "
+          f"{', '.join(map(str, args.seed))}; torch {torch.__version__} on {args.device}, "
+          f"{torch.get_num_threads()} threads, {platform.machine()}")
+    for task in tasks.values():
         task.net.to(args.device)
-        config = configs["rtn", args.bits[0]]
-        bits = {f"{i}.{n}": b for i, layers in enumerate(plan(task.net.blocks, config))
+    full = {}
+    for name in args.model:
+        task = tasks[name, args.seed[0]]
+        full[name] = task.score(task.net)
+        bits = {f"{i}.{n}": b for i, layers in enumerate(plan(task.net.blocks, configs[0]))
                 for n, b in layers.items()}
         ends = [n for n, b in bits.items() if args.end_bits and b == args.end_bits]
         print(f"{name}: {task.about}; {len(bits)} layers, at {args.end_bits} bits {ends}; "
               f"{len(task.calibration)} calibration inputs, cached activations at most "
-              f"{cache_bytes(task.net.blocks, task.calibration, config) / 1e6:,.1f} MB")
-    print("\nIn brackets: the last quantized block's final loss over the round-to-nearest "
-          "network's, and seconds.\n")
-    methods = ["rtn", *args.method]
-    print("| network | bits | full precision | " + " | ".join(NAMES[m] for m in methods) + " |")
-    print("|---|---|---|" + "---|" * len(methods))
-    for name, task in tasks.items():
-        full = task.score(task.net)
-        for bits in args.bits:
-            cells, base = [], math.nan
-            for method in methods:
-                net = copy.deepcopy(task.net)
-                size = args.batch_size or task.batch_size
-                config = replace(configs[method, bits], batch_size=size)
-                began = time.perf_counter()
-                try:
-                    loss = quantize_model(net.blocks, task.calibration, config)[-1].final_loss
-                except FloatingPointError as error:                  # the other methods go on
-                    print(error, file=sys.stderr)
-                    cells.append("not finite")
-                    continue
-                seconds = time.perf_counter() - began
-                base = loss if method == "rtn" else base
-                score = task.score(net)
-                cells.append(f"{score:.2f} ({loss / base:.3f}, {seconds:.0f} s)")
-                if args.save and method != "rtn":
-                    saved = (f"{args.save}: {save_quantized(net, args.save):,} bytes, in float32 "
-                             f"{sum(4 * p.numel() for p in task.net.parameters()):,}; "
-                             f"{proof(net, task)}")
-            print(f"| {name} | {bits} | {full:.2f} | " + " | ".join(cells) + " |", flush=True)
-    if args.save:
-        print(f"\n{saved}")
+              f"{cache_bytes(task.net.blocks, task.calibration, configs[0]) / 1e6:,.1f} MB")
+    records = []
+    earlier = read_results(args.results) if args.study else []
+    for name in args.model:
+        for config in configs:
+            task = tasks[name, config.seed]
+            config = replace(config, batch_size=args.batch_size or task.batch_size)
+            about = f"W{config.bits} {NAMES[config.method]}, seed {config.seed}"
+            known = [r for r in earlier if same_run(r, args.study, name, task.about, config)]
+            if known:
+                records.append(known[0])
+                continue
+            try:
+                net, record = one_run(name, task, config, full[name])
+            except FloatingPointError as error:                      # the others go on
+                print(f"{name} {about}: {error}", file=sys.stderr)
+                continue
+            records.append(record)
+            if args.study:                                           # a line is written whole
+                with open(args.results, "a") as out:
+                    out.write(json.dumps({"study": args.study, **record}) + "\n")
+            print(f"{name} {about}: {record['score']:.2f} ({record['seconds']:.0f} s)", flush=True)
+            if args.save:
+                print(f"{args.save}: {save_quantized(net, args.save):,} bytes, in float32 "
+                      f"{sum(4 * p.numel() for p in task.net.parameters()):,}; {proof(net, task)}")
+    if records:
+        print(f"\n{table(records)}")
 
 
 if __name__ == "__main__":
