@@ -173,8 +173,9 @@ class MobileNet(Blocks):
     where the paper reports FlexRound's largest gains.
     """
 
-    def __init__(self, widths=(16, 24, 32), depth: int = 2, channels: int = 3, classes: int = 10):
-        blocks = [nn.Sequential(*conv_bn(channels, widths[0], 3), nn.ReLU6())]
+    def __init__(self, widths=(16, 24, 32), depth: int = 2, channels: int = 3, classes: int = 10,
+                 stride: int = 1):
+        blocks = [nn.Sequential(*conv_bn(channels, widths[0], 3, stride), nn.ReLU6())]
         c_in = widths[0]
         for stage, c_out in enumerate(widths):
             for i in range(depth):
@@ -438,13 +439,19 @@ def train(net: nn.Module, batches, loss_of, steps: int, lr: float, label: str) -
 
 
 def train_classifier(net, x, y, steps: int = 400, lr: float = 5e-3, batch_size: int = 64,
-                     seed: int = 0, label: str = "training"):
-    """Cross-entropy on images x (N, C, H, W) and labels y (N,); batches drawn from the seed."""
+                     seed: int = 0, label: str = "training", shift: int = 0):
+    """Cross-entropy on images x (N, C, H, W) and labels y (N,); batches drawn from the seed, and
+    where shift > 0 mirrored and shifted by up to so many pixels, a batch at a time."""
     generator = torch.Generator().manual_seed(seed)
 
     def batches():
         index = torch.randint(len(x), (batch_size,), generator=generator)
-        return x[index], y[index]
+        images = x[index]
+        if shift:
+            mirror, i, j = torch.randint(2 * shift + 1, (3,), generator=generator).tolist()
+            images = F.pad(images.flip(3) if mirror % 2 else images, [shift] * 4)
+            images = images[:, :, i:i + x.shape[2], j:j + x.shape[3]]
+        return images, y[index]
 
     return train(net, batches, lambda net, b: F.cross_entropy(net(b[0]), b[1]), steps, lr, label)
 

@@ -92,6 +92,9 @@ class ReconstructionConfig:
     end_bits: int | None = 8         # first layer of the first block, last of the last; None: bits
     layer_bits: dict = field(default_factory=dict)    # {"<block index>.<layer name>": bits}
     cache_device: str | None = None  # where the cached activations live; None: where the blocks are
+    precision: str = "float32"       # of matmuls and convolutions; tf32 and bf16 are for GPUs.
+    #                                  The factors and Adam's moments are float32 whatever it is
+    cuda_graph: bool = True          # on CUDA: record an iteration once a block and replay it
 
     def __post_init__(self):
         def check(name, kind, allowed, ok=lambda value: True):
@@ -110,7 +113,9 @@ class ReconstructionConfig:
         check("optimizer", str, "adam or sgd", lambda v: v in ("adam", "sgd"))
         if self.optimizer == "sgd" and self.lr is None and self.method != "rtn":
             raise ValueError("optimizer = 'sgd' needs an lr: the default rates are Adam's")
-        for name in ("symmetric", "per_channel", "learn_s1", "use_s3_s4", "V_in_steps"):
+        check("precision", str, "float32, tf32 or bf16", lambda v: v in ("float32", "tf32", "bf16"))
+        for name in ("symmetric", "per_channel", "learn_s1", "use_s3_s4", "V_in_steps",
+                     "cuda_graph"):
             check(name, bool, "True or False")
         for name, least in (("iterations", 1), ("batch_size", 1), ("seed", 0)):
             check(name, int, f"an integer of at least {least}", lambda v, least=least: v >= least)
@@ -259,7 +264,7 @@ def reconstruct_block(block: nn.Module, x_q: Tensor, y_fp: Tensor, config: Recon
             progress(iteration, loss)
         return loss
 
-    with torch.enable_grad(), _learning(block, learned):
+    with torch.enable_grad(), _learning(block, learned), _tf32(config.precision == "tf32"):
         try:
             best_loss, best_iteration = loss_after(0), 0
             if learned:                                              # not round to nearest
@@ -306,6 +311,52 @@ def _learning(block: nn.Module, learned: list[nn.Parameter]):
         block.eval()
 
 
+@contextmanager
+def _tf32(allowed: bool):
+    """Within, CUDA's float32 matmuls and convolutions may round their inputs to TF32, or not."""
+    cudnn = torch.backends.cudnn
+    before = torch.get_float32_matmul_precision(), cudnn.allow_tf32
+    torch.set_float32_matmul_precision("high" if allowed else "highest")
+    cudnn.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        cudnn.allow_tf32 = before[1]
+
+
+def _captured(step, generator=None):
+    """A function that does what step() does by replaying the kernels that step() launches now.
+
+    A small block's iteration is hundreds of kernels of a few microseconds each, and launching them
+    one by one takes longer than running them; a CUDA graph launches all at once. It reads and
+    writes the very tensors that step() has used: so what changes from one iteration to the next has
+    to be copied into them, and the result is always the same tensor. A generator that step() draws
+    from is named, so that each replay draws anew.
+    """
+    graph = torch.cuda.CUDAGraph()
+    if generator is not None:
+        graph.register_generator_state(generator)
+    with torch.cuda.graph(graph):
+        result = step()
+
+    def replay():
+        graph.replay()
+        return result
+
+    return replay
+
+
+def _aside(step):
+    """step() on a stream of its own, as CUDA asks of what runs before a capture."""
+    side, main = torch.cuda.Stream(), torch.cuda.current_stream()
+    side.wait_stream(main)
+    with torch.cuda.stream(side):
+        result = step()
+    main.wait_stream(side)
+    return result
+
+
 def _iterate(block, learned, x_q, y_fp, x_fp, config, index, history):
     """The iterations of reconstruct_block; yields how many are done. Nothing here waits for the
     device: the loss stays there, in history."""
@@ -327,7 +378,7 @@ def _iterate(block, learned, x_q, y_fp, x_fp, config, index, history):
     rate, weight, beta = now = changing[0].clone()
     batch = batches[0].clone()
     if config.optimizer == "sgd":
-        optimizer = torch.optim.SGD(learned, lr=rate)
+        optimizer = torch.optim.SGD(learned, lr=rate, fused=True)
     else:
         optimizer = torch.optim.Adam(learned, lr=rate, fused=True,
                                      capturable=device.type == "cuda")
@@ -339,7 +390,10 @@ def _iterate(block, learned, x_q, y_fp, x_fp, config, index, history):
         if config.input_drop > 0:                                    # QDrop, element by element
             full = torch.rand(x.shape, generator=drop, device=device) < config.input_drop
             x = torch.where(full, x_fp.index_select(0, batch).to(device), x)
-        loss = block_loss(block(x), y)
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16",
+                            cache_enabled=False):
+            y_hat = block(x)
+        loss = block_loss(y_hat.to(y.dtype), y)
         for q in regularised:                                        # AdaRound only
             loss = loss + weight * q.regulariser(beta)
         for p in learned:
@@ -348,10 +402,20 @@ def _iterate(block, learned, x_q, y_fp, x_fp, config, index, history):
         optimizer.step()
         return loss.detach()
 
+    # A batch that comes from another device needs the host, and cannot be recorded.
+    capture = device.type == "cuda" and config.cuda_graph and x_q.device == y_fp.device == device
+    step = (lambda: _aside(iteration)) if capture else iteration
     for i in range(total):
         now.copy_(changing[i])
         batch.copy_(batches[i])
-        history[i] = iteration()
+        if capture and i == 3:                                       # the first three warmed up
+            try:
+                step = _captured(iteration, drop)
+            except RuntimeError as error:
+                warnings.warn(f"block {index} cannot be recorded as a CUDA graph and runs eagerly: "
+                              f"{error}", stacklevel=2)
+                step = iteration
+        history[i] = step()
         yield i + 1
 
 
@@ -644,6 +708,100 @@ def load_quantized(model: nn.Module, path) -> nn.Module:
     return model.eval()
 
 
+# ---- What an iteration costs ---------------------------------------------------------------------
+
+def time_block(block: nn.Module, x: Tensor, config: ReconstructionConfig, rounds: int = 20
+               ) -> dict[str, float]:
+    """Seconds of one iteration of a float block's reconstruction, beside its floor; medians.
+
+    The floor is the block's own forward and backward on one batch, in plain weights: nothing that
+    learns by gradient can be faster. All are timed in turn, so that a noisy machine is as noisy for
+    each. On CUDA a round is 50 iterations, and both are also timed as replayed CUDA graphs. The
+    block itself is left alone.
+
+    Args:
+        x: (N, ...) inputs of the block, beside it; N at least config.batch_size.
+
+    Returns:
+        "floor", "iteration", on CUDA "floor captured" and "iteration captured", and "evaluations":
+        what the start's and four more cost, each of 32 batches.
+    """
+    device = device_of([block])
+    cuda = device.type == "cuda"
+    y = run(block.eval(), x, config.batch_size, device, device)
+    plain = copy.deepcopy(block).requires_grad_(False)
+    weights = [layer.weight.requires_grad_() for layer in quantizable_layers(plain).values()]
+    batch, G = x[:config.batch_size].clone(), torch.randn_like(y[:config.batch_size])
+
+    def floor():
+        for W in weights:
+            W.grad = None
+        plain(batch).backward(G)
+
+    repeat = 50 if cuda else 1
+    total = (rounds + 1) * repeat + 3
+    steps = {"floor": floor}
+    with torch.enable_grad(), _tf32(config.precision == "tf32"):
+        for graph in [False, True] if cuda else [False]:
+            hat = copy.deepcopy(block)
+            learned = [p for q in quantize_layers(hat, config).values() for p in q.parameters()]
+            hat.requires_grad_(False)
+            for p in learned:
+                p.requires_grad_()
+            own = replace(config, iterations=total, cuda_graph=graph)
+            steps["iteration captured" if graph else "iteration"] = _iterate(
+                hat, learned, x, y, None, own, 0, torch.zeros(total, device=device)).__next__
+            for _ in range(4):                                       # the warm-up and the capture
+                list(steps.values())[-1]()
+        if cuda:
+            for _ in range(3):
+                _aside(floor)
+            steps["floor captured"] = _captured(floor)
+
+        def seconds(step, count):
+            began = time.perf_counter()
+            for _ in range(count):
+                step()
+            if cuda:
+                torch.cuda.synchronize()
+            return (time.perf_counter() - began) / count
+
+        taken = [{name: seconds(step, repeat) for name, step in steps.items()}
+                 for _ in range(rounds)]
+        found = {name: statistics.median(t[name] for t in taken) for name in steps}
+        once = statistics.median(seconds(lambda: evaluate(hat, x, y, config.batch_size, device), 1)
+                                 for _ in range(3))
+    return {**found, "evaluations": 5 * 32 * config.batch_size / len(x) * once}
+
+
+def print_times(models, device: str, precision: str) -> None:
+    """time_block as a table: the blocks of ResNet-20 at batch 32 and one of GPT-2 small's size.
+    Weights and inputs are random: what an iteration costs does not depend on their values."""
+    torch.manual_seed(0)
+    config = ReconstructionConfig(precision=precision)
+    net = models.fold_batchnorm(models.ResNet(shortcut="pad")).to(device)
+    x, todo = torch.randn(256, 3, 32, 32, device=device), []
+    for i, block in enumerate(net.blocks):
+        todo.append((f"ResNet-20, block {i}", block, x, config))
+        x = run(block, x, 32, device, device)
+    length = 1024 if device.startswith("cuda") else 256
+    todo.append((f"GPT, 768 channels, 4 x {length} tokens",
+                 models.TransformerBlock(768, 12).to(device),
+                 torch.randn(8, length, 768, device=device), replace(config, batch_size=4)))
+    print(f"torch {torch.__version__} on {device}, {torch.get_num_threads()} threads\n\n"
+          "| block | floor, us | iteration, us | ratio | five evaluations, of 1,000 iterations |\n"
+          "|---|---|---|---|---|")
+    for name, block, x, config in todo:
+        took = time_block(block, x, config)
+        for kind in ("", " captured") if "floor captured" in took else ("",):
+            floor, iteration = took[f"floor{kind}"], took[f"iteration{kind}"]
+            print(f"| {name}{kind} | {1e6 * floor:,.0f} | {1e6 * iteration:,.0f} | "
+                  f"{iteration / floor:.2f} | {took['evaluations'] / iteration / 10:.1f} % |",
+                  flush=True)
+    if device.startswith("cuda"):
+        print(f"\nPeak memory: {torch.cuda.max_memory_allocated() / 1e6:,.0f} MB")
+
+
 # ---- The main job --------------------------------------------------------------------------------
 
 NAMES = {"rtn": "round to nearest", "adaround": "AdaRound", "adaquant": "AdaQuant",
@@ -694,6 +852,9 @@ def parser() -> argparse.ArgumentParser:
     add("--checkpoint", help="resnet20-12fca82f.th (default: downloaded)")
     add("--save", metavar="FILE", help="write the integers (one model, one method, one --bits)")
     add("--load", metavar="FILE", help="score a file of --save instead of quantizing (one model)")
+    add("--precision", default="float32", help="of matmuls and convolutions while learning: "
+                                               "float32, tf32 (CUDA) or bf16")
+    add("--time", action="store_true", help="only time an iteration of some blocks and its floor")
     add("--cache", default="cache", help="folder of the small networks once trained")
     add("--study", metavar="NAME", help="append each run to --results under this name, and take "
         "from there what ran before: a long study can be stopped and continued")
@@ -794,8 +955,10 @@ def main(arguments=None) -> None:
         learn_s1=not args.fix_s1, use_s3_s4=not args.no_s3_s4, V_in_steps=args.V_in_steps,
         optimizer=args.optimizer, seed=seed, lr=None if method == "rtn" else args.lr or
         (DEFAULT_LR[method] if args.optimizer == "adam" else None), input_drop=args.input_drop,
-        end_bits=args.end_bits or None, cache_device=args.cache_device)
+        end_bits=args.end_bits or None, cache_device=args.cache_device, precision=args.precision)
         for bits in args.bits for method in args.method for seed in args.seed]
+    if args.time:
+        return print_times(models, args.device, args.precision)
     if (args.save and (len(args.model), len(configs)) != (1, 1)) or (
             args.load and (len(args.model) != 1 or args.save)):
         raise ValueError("--save takes one each of --model, --method, --bits and --seed, and "

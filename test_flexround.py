@@ -1304,6 +1304,43 @@ def test_the_same_code_on_cuda(cache):
         assert b.start_loss == pytest.approx(a.start_loss, rel=0.2)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("method", ["adaround", "adaquant", "flexround"])
+@pytest.mark.parametrize("drop", [0.0, 0.5])
+def test_a_captured_iteration_is_the_eager_one(method, drop):
+    histories = []
+    for graph in (True, False):
+        block, x, y, config = prepared(method, iterations=50, input_drop=drop, cuda_graph=graph)
+        block, x, y = block.cuda(), x.cuda(), y.cuda()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")                           # capturing did not fail
+            histories.append(reconstruct_block(block, x, y, config, 1.01 * x).history)
+    assert histories[0] == pytest.approx(histories[1], rel=1e-4)
+    assert histories[0][-1] < histories[0][0] or method == "adaround"
+
+
+def test_an_iteration_is_timed_beside_its_floor():
+    block = small_block().requires_grad_(False)
+    before = copy.deepcopy(block.state_dict())
+    took = reconstruct.time_block(block, correlated(32, 3, 6, 6), QUICK, rounds=5)
+    assert 0 < took["floor"] < took["iteration"] and took["evaluations"] > 0
+    assert all(torch.equal(v, before[k]) for k, v in block.state_dict().items())
+
+
+def test_bf16_is_for_the_matmuls_alone():
+    seen = []
+    block, x, y, config = prepared(precision="bf16")
+    block[0].register_forward_hook(lambda layer, args, out: seen.append(out.dtype))
+    report = reconstruct_block(block, x, y, config)
+    assert seen.count(torch.bfloat16) == config.iterations           # not the five evaluations
+    assert seen.count(torch.float32) == len(seen) - config.iterations > 0
+    assert all(p.dtype == torch.float32 for q in quantizers(block).values() for p in q.parameters())
+    block, *_ = prepared()
+    full = reconstruct_block(block, x, y, replace(config, precision="float32"))
+    assert report.final_loss == pytest.approx(full.final_loss, rel=0.2)
+    assert report.history != full.history
+
+
 # ---- The integers, out and back ------------------------------------------------------------------
 
 @pytest.mark.parametrize("bits", range(2, 9))
@@ -1492,6 +1529,7 @@ def test_save_and_load_from_the_command_line(tmp_path):
     ({"layer_bits": None}, "layer_bits = None: a dict"),
     ({"optimizer": "adamw"}, "optimizer = 'adamw': adam or sgd"),
     ({"optimizer": "sgd"}, "optimizer = 'sgd' needs an lr"),
+    ({"precision": "fp8"}, "precision = 'fp8': float32, tf32 or bf16"),
 ])
 def test_a_setting_that_is_not_allowed(settings, message):
     with pytest.raises(ValueError, match=message):
