@@ -509,8 +509,8 @@ def load_task(name: str, data=None, checkpoint=None, cache="cache", split: str =
     Args:
         name: "resnet" or "mobilenet" (on digits), "resnet20" (CIFAR-10), "gpt" (3 layers, width 64,
             on characters) or "shakespeare" (4 layers, width 128).
-        data: resnet20: the folder of CIFAR-10's binary files; the GPTs: a text file, where gpt
-            takes Python's without one.
+        data: resnet20 and, in place of digits, mobilenet: the folder of CIFAR-10's binary files;
+            the GPTs: a text file, where gpt takes Python's without one.
         checkpoint: resnet20: its file, None downloads it.
         cache: folder for the small networks once trained.
         split: "test" scores test images, or the last 5 % of the text; "train" training images
@@ -558,12 +558,20 @@ def load_task(name: str, data=None, checkpoint=None, cache="cache", split: str =
                     f"{layers} layers, width {width}; characters of {source}, "
                     f"sha256 {fingerprint(string)}; perplexity over the {split} split's "
                     f"{len(held) // net.context} windows of {net.context}")
-    if name == "resnet20":
+    if name == "resnet20" or (name == "mobilenet" and data is not None):
         if data is None:
             raise ValueError("resnet20 needs the data folder with CIFAR-10's binary files (--data)")
         x, y = cifar10(data, train=True)
         x_test, y_test = cifar10(data, train=False) if split == "test" else (None, None)
-        net, source, default = resnet20(checkpoint), "CIFAR-10", 1024
+        source, default = "CIFAR-10", 1024
+        if name == "resnet20":
+            net = resnet20(checkpoint)
+        else:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                net = MobileNet(widths=(16, 24, 32), depth=2, stride=2)
+            trained(net, Path(cache) / f"cifar-mobilenet-{len(x)}.pt", lambda net: train_classifier(
+                net, x, y, steps=6000, shift=4, label="training the mobilenet"))
     elif name in ("resnet", "mobilenet"):
         x, y, x_test, y_test = digits()
         with torch.random.fork_rng(devices=[]):

@@ -38,7 +38,6 @@ import statistics
 import sys
 import time
 import warnings
-from collections import Counter
 from collections.abc import Iterable
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -848,7 +847,8 @@ def parser() -> argparse.ArgumentParser:
              "validation text")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, ...")
     add("--cache-device", help="where cached activations live (default: --device)")
-    add("--data", help="resnet20: folder of CIFAR-10's binary files; gpt, shakespeare: a text file")
+    add("--data", help="resnet20, mobilenet (in place of digits): folder of CIFAR-10's binary "
+                       "files; gpt, shakespeare: a text file")
     add("--checkpoint", help="resnet20-12fca82f.th (default: downloaded)")
     add("--save", metavar="FILE", help="write the integers (one model, one method, one --bits)")
     add("--load", metavar="FILE", help="score a file of --save instead of quantizing (one model)")
@@ -912,37 +912,42 @@ def read_results(path) -> list[dict]:
 
 
 def table(records: list[dict]) -> str:
-    """Runs as a Markdown table: a row for each network and number of bits, a column for each method
-    and setting; the median over seeds, least and greatest in brackets, and the median seconds.
-
-    A setting is named in the column's head where it differs from that of most runs.
+    """Runs as a Markdown table: networks and bits down, methods and settings across (the other way
+    round where these are many); the median over seeds, in brackets the least and the greatest, and
+    the median of the seconds. A setting is named where it varies and is not the default.
     """
-    hidden = ("method", "bits", "seed", "cache_device", "batch_size")
-    usual = {}                                                       # of each method's settings
+    seen = {}                                                        # of each method's settings
     for config in (r["config"] for r in records):
         for key, value in config.items():
-            usual.setdefault((config["method"], key), Counter())[str(value)] += 1
-    cells = {}
+            seen.setdefault((config["method"], key), set()).add(str(value))
+    hidden = ("method", "bits", "seed", "batch_size", "cache_device", "layer_bits")
+    cells, rows, columns = {}, {}, {}
     for record in records:
         config = record["config"]
-        other = [f"{k} {v}" for k, v in config.items() if k not in hidden
-                 and str(v) != usual[config["method"], k].most_common(1)[0][0]]
-        row = record["network"], config["bits"]
-        column = ", ".join([NAMES[config["method"]], *other])
-        cells.setdefault(column, {}).setdefault(row, []).append(record)
-    full = {row: runs[0]["full"] for rows in cells.values() for row, runs in rows.items()}
+        settings = [f"{k} {v}" for k, v in config.items() if k not in hidden and v is not None
+                    and (k == "lr" or len(seen[config["method"], k]) > 1
+                         and v != getattr(ReconstructionConfig, k))]
+        row = f"{record['network']} | {config['bits']} | {record['full']:.2f}"
+        column = ", ".join([NAMES[config["method"]], *settings])
+        rows[row] = columns[column] = None                           # in the order of the records
+        cells.setdefault((row, column), []).append(record)
 
     def cell(runs):
-        scores = [r["score"] for r in runs]
-        seconds = statistics.median(r["seconds"] for r in runs)
+        if not runs:
+            return ""
+        scores, seconds = zip(*((r["score"], r["seconds"]) for r in runs), strict=True)
         spread = f"{min(scores):.2f} to {max(scores):.2f}; " if len(runs) > 1 else ""
-        return f"{statistics.median(scores):.2f} ({spread}{seconds:.0f} s)" if runs else ""
+        return f"{statistics.median(scores):.2f} ({spread}{statistics.median(seconds):.0f} s)"
 
-    lines = [["network", "bits", "full precision", *cells], ["---"] * (len(cells) + 3)]
-    lines += [[row[0], str(row[1]), f"{value:.2f}", *(cell(rows.get(row, []))
-                                                      for rows in cells.values())]
-              for row, value in full.items()]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    if len(columns) <= 7:
+        lines = [["network | bits | full precision", *columns]] + [
+            [row, *(cell(cells.get((row, c))) for c in columns)] for row in rows]
+    else:
+        lines = [["network, bits, full precision", *(r.replace(" |", ",") for r in rows)]] + [
+            [c, *(cell(cells.get((row, c))) for row in rows)] for c in columns]
+    rule = "|---" * (" | ".join(lines[0]).count(" | ") + 1) + "|"
+    head, *body = (f"| {' | '.join(line)} |" for line in lines)
+    return "\n".join([head, rule, *body])
 
 
 def main(arguments=None) -> None:
@@ -995,24 +1000,25 @@ def main(arguments=None) -> None:
     records = []
     earlier = read_results(args.results) if args.study else []
     for name in args.model:
+        row = name if args.rescale == 1 else f"{name}, channels x {args.rescale:g}"
         for config in configs:
             task = tasks[name, config.seed]
             config = replace(config, batch_size=args.batch_size or task.batch_size)
             about = f"W{config.bits} {NAMES[config.method]}, seed {config.seed}"
-            known = [r for r in earlier if same_run(r, args.study, name, task.about, config)]
+            known = [r for r in earlier if same_run(r, args.study, row, task.about, config)]
             if known:
                 records.append(known[0])
                 continue
             try:
-                net, record = one_run(name, task, config, full[name])
+                net, record = one_run(row, task, config, full[name])
             except FloatingPointError as error:                      # the others go on
-                print(f"{name} {about}: {error}", file=sys.stderr)
+                print(f"{row} {about}: {error}", file=sys.stderr)
                 continue
             records.append(record)
             if args.study:                                           # a line is written whole
                 with open(args.results, "a") as out:
                     out.write(json.dumps({"study": args.study, **record}) + "\n")
-            print(f"{name} {about}: {record['score']:.2f} ({record['seconds']:.0f} s)", flush=True)
+            print(f"{row} {about}: {record['score']:.2f} ({record['seconds']:.0f} s)", flush=True)
             if args.save:
                 print(f"{args.save}: {save_quantized(net, args.save):,} bytes, in float32 "
                       f"{sum(4 * p.numel() for p in task.net.parameters()):,}; {proof(net, task)}")

@@ -1253,7 +1253,7 @@ def test_the_main_job_in_small(tmp_path):
     rows = rows_of(done.stdout)
     assert list(rows) == [("gpt", "3"), ("gpt", "2")]
     for cells in rows.values():
-        assert list(cells) == ["full precision", "round to nearest", "FlexRound"]
+        assert list(cells) == ["full precision", "round to nearest", "FlexRound, lr 0.008"]
         assert re.fullmatch(r"\d+\.\d\d", cells.pop("full precision"))
         assert all(re.fullmatch(r"\d+\.\d\d \(\d+ s\)", c) for c in cells.values())
     assert "16 calibration inputs" in done.stdout and "12 layers" in done.stdout
@@ -1266,7 +1266,7 @@ def test_the_main_job_in_small(tmp_path):
     records = reconstruct.read_results(tmp_path / "runs.jsonl")
     assert records[:4] == first and len(records) == 5
     a, b = sorted((records[1]["score"], records[4]["score"]))
-    cell = rows_of(done.stdout)["gpt", "3"]["FlexRound"]
+    cell = rows_of(done.stdout)["gpt", "3"]["FlexRound, lr 0.008"]
     assert cell.startswith(f"{(a + b) / 2:.2f} ({a:.2f} to {b:.2f}; ")
 
 
@@ -1726,6 +1726,19 @@ def test_the_readmes_map_names_what_is_there():
             thing = getattr(thing, part)
     for name in set(names) - set(dotted):
         assert name in ReconstructionConfig.__dataclass_fields__, name
+
+
+def test_the_readmes_tables_are_the_files():
+    """Each table between marks is drawn anew from docs/results.jsonl; no study is left out."""
+    records = reconstruct.read_results(HERE / "docs" / "results.jsonl")
+    marked = dict(re.findall(r"<!-- study: ([\w-]+) -->\n(.*?)\n\n", README, re.S))
+    assert set(marked) == {r["study"] for r in records}
+    for study, shown in marked.items():
+        runs = [r for r in records if r["study"] == study]
+        assert shown == reconstruct.table(runs), study
+        # What the table hides has to be one and the same: no run twice, one machine's torch.
+        keys = [(r["network"], r["about"], tuple(map(str, r["config"].values()))) for r in runs]
+        assert len(set(keys)) == len(keys), study
 
 
 def test_the_readmes_links_files_and_flags_are_there():
