@@ -45,8 +45,8 @@ class Blocks(nn.Module):
 
 # ---- Published weights ---------------------------------------------------------------------------
 
-# By the file's name in torch's hub cache, which ends in the first 8 hex digits of its SHA-256. For
-# GPT-2 these are of the hash that its page shows: 7c5d3f4b8b76583b... of this very revision.
+# Where from, by the name in torch's hub cache, which holds how the file's SHA-256 begins: as these
+# files are called where they lie, but GPT-2's, whose hash is the one that its page states.
 PUBLISHED = {
     "resnet20-12fca82f.th": "https://github.com/akamaster/pytorch_resnet_cifar10/raw/master/"
                             "pretrained_models/resnet20-12fca82f.th",
@@ -58,11 +58,7 @@ PUBLISHED = {
 
 
 def published(name: str) -> Path:
-    """A file of PUBLISHED, downloaded once, with a progress bar, its hash checked.
-
-    Raises:
-        RuntimeError: no network, a cache that cannot be written, or another hash.
-    """
+    """A file of PUBLISHED, downloaded once, its hash checked. RuntimeError where that fails."""
     path, url = Path(torch.hub.get_dir()) / "checkpoints" / name, PUBLISHED[name]
     try:
         if not path.exists():
@@ -75,9 +71,11 @@ def published(name: str) -> Path:
 
 
 def load_file(path) -> dict:
-    """What a .safetensors file or one of torch's holds, weights only (no code runs). ValueError
-    for a file that is no checkpoint."""
+    """The dict in a file of torch's (weights only: no code runs), of safetensors or of JSON, by
+    its suffix. ValueError: not readable."""
     try:
+        if Path(path).suffix == ".json":
+            return dict(json.loads(Path(path).read_text(encoding="utf-8")))
         if Path(path).suffix == ".safetensors":
             from safetensors.torch import load_file as load_safetensors
             return load_safetensors(path)
@@ -87,7 +85,7 @@ def load_file(path) -> dict:
     except FileNotFoundError:
         raise
     except Exception as error:                                       # torch raises many kinds
-        raise ValueError(f"{path}: not a readable checkpoint ({type(error).__name__})") from error
+        raise ValueError(f"{path}: truncated or not readable ({type(error).__name__})") from error
 
 
 @torch.no_grad()
@@ -95,30 +93,25 @@ def fill(net: nn.Module, saved: dict[str, Tensor], name_of: Callable[[str], str]
          transposed: tuple[str, ...] = ()) -> nn.Module:
     """Copy the tensors of a file into net, in place; return net in eval mode.
 
-    Args:
-        name_of: from a key of ours to saved's. By name, since the order in published files differs.
-        what: the file and the network, for errors.
-        transposed: what ends so in saved is the transpose of ours.
-
-    Raises:
-        ValueError: names the first tensor that is missing, of another shape, or without a place.
+    By name, since published files have them in another order: name_of gives saved's key for one of
+    ours. What ends in `transposed` is the transpose of ours. `what` is for the errors, ValueError,
+    which name the first tensor that is missing, of another shape or without a place.
     """
-    def counts(key):
-        return key.endswith("num_batches_tracked")                   # only training reads it
+    def tensors(state):                                              # counts are only for training
+        return {key: value for key, value in state.items() if isinstance(value, Tensor)
+                and not key.endswith("num_batches_tracked")}
 
-    saved = {name: value for name, value in saved.items() if isinstance(value, Tensor)}
-    ours = {key: name_of(key) for key in net.state_dict() if not counts(key)}
-    for key, name in ours.items():
-        mine = net.state_dict()[key]
+    saved = tensors(saved)
+    ours = {name_of(key): mine for key, mine in tensors(net.state_dict()).items()}
+    for name, mine in ours.items():
         mine = mine.T if name.endswith(transposed) else mine         # a view: copy_ writes to net
-        value = saved.get(name)
-        if value is None or value.shape != mine.shape:
-            found = "is missing" if value is None else f"has shape {tuple(value.shape)}"
+        if name not in saved or saved[name].shape != mine.shape:
+            found = f"has shape {tuple(saved[name].shape)}" if name in saved else "is missing"
             raise ValueError(f"{what}: {name!r} {found}; {tuple(mine.shape)} is needed")
-        mine.copy_(value)
-    for name in saved:
-        if name not in ours.values() and not counts(name):
-            raise ValueError(f"{what}: {name!r}, {tuple(saved[name].shape)}, has no place there")
+        mine.copy_(saved[name])
+    for name, value in saved.items():
+        if name not in ours:
+            raise ValueError(f"{what}: {name!r}, {tuple(value.shape)}, has no place there")
     return net.eval()
 
 
@@ -190,14 +183,10 @@ def classifier(channels: int, classes: int) -> nn.Sequential:
 
 
 class ResNet(Blocks):
-    """A ResNet: a stem, then stages of blocks, the first of each but the first halving H and W.
+    """A stem, then stages of blocks, depth in all or in each, of which all but the first halve H
+    and W. The stem is a 3 x 3 convolution, or ImageNet's: 7 x 7 and a max pooling, a quarter each.
 
-    ResNet(widths=(16, 32, 64), depth=3, shortcut="pad") is the CIFAR-10 ResNet-20. For ImageNet the
-    stem is a 7 x 7 convolution and a max pooling, each halving H and W, else a 3 x 3 convolution.
-
-    Args:
-        widths: channels behind each stage; depth: blocks a stage, one number or one for each.
-        block: BasicBlock or Bottleneck.
+    ResNet(widths=(16, 32, 64), depth=3, shortcut="pad") is the CIFAR-10 ResNet-20.
     """
 
     def __init__(self, widths=(16, 32, 64), depth: int | tuple[int, ...] = 3,
@@ -205,9 +194,9 @@ class ResNet(Blocks):
                  imagenet: bool = False):
         depths = depth if isinstance(depth, tuple) else (depth,) * len(widths)
         c_in = widths[0] // 4 if block is Bottleneck else widths[0]
-        stem = [*conv_bn(channels, c_in, 7 if imagenet else 3, 2 if imagenet else 1), nn.ReLU()]
-        blocks = [nn.Sequential(*stem, *([nn.MaxPool2d(3, 2, 1)] if imagenet else []))]
-        names = ["conv1"]                                            # as in published files
+        stem = ([*conv_bn(channels, c_in, 7, 2), nn.ReLU(), nn.MaxPool2d(3, 2, 1)] if imagenet else
+                [*conv_bn(channels, c_in, 3), nn.ReLU()])
+        blocks, names = [nn.Sequential(*stem)], ["conv1"]            # names: in published files
         for stage, (c_out, depth) in enumerate(zip(widths, depths, strict=True)):
             for i in range(depth):
                 stride = 2 if stage > 0 and i == 0 else 1
@@ -253,8 +242,8 @@ def resnet50(path: str | os.PathLike | None = None) -> ResNet:
 def _resnet(file: str, path, net: ResNet) -> ResNet:
     path = published(file) if path is None else path
     saved = load_file(path)
-    saved = saved.get("state_dict", saved)                           # akamaster's
-    saved = {k.removeprefix("module.").replace("linear.", "fc."): v for k, v in saved.items()}
+    saved = {key.removeprefix("module.").replace("linear.", "fc."): value    # akamaster's names
+             for key, value in saved.get("state_dict", saved).items()}
     return fill(net, saved, net.published_name, f"{path} is not {file}")
 
 
@@ -446,16 +435,11 @@ def gpt2(path: str | os.PathLike | None = None, n_head: int | None = None) -> GP
         raise ValueError(f"{path} is not a GPT-2: 'wte.weight' and 'wpe.weight' have the shapes "
                          f"{shapes}; two dimensions each are needed")
     (vocabulary, width), (context, _) = shapes
-    head = saved.pop("lm_head.weight", saved["wte.weight"])
-    if not torch.equal(head, saved["wte.weight"]):
-        raise ValueError(f"{path} is not a GPT-2: 'lm_head.weight', {tuple(head.shape)}, is not "
-                         f"tied to 'wte.weight', {(vocabulary, width)}")
-    config, beside = {}, path.with_name("config.json")
-    if beside.exists():
-        try:
-            config = dict(json.loads(beside.read_text(encoding="utf-8")))
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{beside} is not a JSON object: {error}") from error
+    if not torch.equal(saved.pop("lm_head.weight", saved["wte.weight"]), saved["wte.weight"]):
+        raise ValueError(f"{path}: 'lm_head.weight' is not 'wte.weight', {(vocabulary, width)}, as "
+                         "it is in GPT-2")
+    beside = path.with_name("config.json")
+    config = load_file(beside) if beside.exists() else {}
     for key, ours in (("activation_function", "gelu_new"), ("layer_norm_epsilon", 1e-5)):
         if config.get(key, ours) != ours:
             raise ValueError(f"{beside}: {key} = {config[key]!r}: {ours!r} is allowed")
@@ -526,17 +510,8 @@ def normalised(raw: Tensor) -> Tensor:
 
 
 def imagenet(folder: str | os.PathLike, part: str) -> tuple[list[tuple[Path, int]], list[str]]:
-    """The image files of folder/part with the class of each (image_batches reads them), and the
-    classes' names.
-
-    Args:
-        folder: ImageNet's usual layout: train and val in it, in each one folder a class, in which
-            the .jpeg, .jpg or .png files lie. Classes are numbered in the order of their names.
-        part: "train" or "val".
-
-    Raises:
-        FileNotFoundError: no such folder, no class folders, or no images in them.
-    """
+    """The image files of folder/part (train or val), each with its class, for image_batches; and
+    the classes' names: a folder each, numbered in order. FileNotFoundError: not this layout."""
     root = Path(folder) / part
     classes = sorted(d for d in root.iterdir() if d.is_dir()) if root.is_dir() else []
     files = [(file, label) for label, d in enumerate(classes) for file in sorted(d.iterdir())
@@ -577,28 +552,21 @@ def gpt2_tokens(string: str) -> Tensor:
     """A text as GPT-2's tokens, (length,), by the optional package tiktoken."""
     try:
         import tiktoken
-    except ImportError as error:
-        raise ImportError("GPT-2's tokens need tiktoken: pip install tiktoken") from error
-    try:
         encoding = tiktoken.get_encoding("gpt2")
-    except Exception as error:                                       # of requests, or a bad hash
-        raise RuntimeError(f"tiktoken cannot load its gpt2 vocabulary ({type(error).__name__}): it "
-                           "is downloaded once; without a network copy a tiktoken cache here and "
-                           "name it in TIKTOKEN_CACHE_DIR") from error
+    except Exception as error:                                       # of import, network or hash
+        raise RuntimeError("GPT-2's tokens need tiktoken (pip install tiktoken) and its vocabulary,"
+                           " which it downloads once or finds in the folder TIKTOKEN_CACHE_DIR: "
+                           f"{type(error).__name__}") from error
     return torch.tensor(encoding.encode_ordinary(string))
 
 
 def wikitext2(folder: str | os.PathLike, split: str = "test") -> tuple[Tensor, Tensor, str]:
     """WikiText-2 as GPT-2's tokens: what to calibrate on, what to score, and a line that says so.
 
-    Args:
-        folder: holds wiki.test.raw and wiki.valid.raw or wiki.train.raw, or the same texts as
-            wikitext2.test.txt and so on.
-        split: "test" scores test, "train" valid. Calibration is on train where it is there, else on
-            valid: where valid is scored, on its first half, and only the second is scored.
-
-    Raises:
-        FileNotFoundError: not those files. ImportError, RuntimeError: as gpt2_tokens.
+    folder holds wiki.test.raw, wiki.valid.raw and wiki.train.raw, or wikitext2.test.txt and so on.
+    Scored is test, with split "train" valid; calibrated is on train where it is there, else on
+    valid: where that is scored, on its first half, and then only the second is scored.
+    FileNotFoundError names what is missing.
     """
     folder = Path(folder)
     found = {part: file for part in ("train", "valid", "test") for file in
@@ -808,13 +776,11 @@ def load_task(name: str, data=None, checkpoint=None, cache="cache", split: str =
     if name == "gpt2":
         pool, held, about = wikitext2(data, split)
         net = gpt2(checkpoint)
-        most = max(int(t.max()) for t in (pool, held) if len(t))
-        if most >= net.blocks[0].token.num_embeddings or min(len(pool), len(held)) <= net.context:
-            raise ValueError(f"{data}: {len(pool)} and {len(held)} tokens, at most number {most}; "
-                             f"more than {net.context} each, below "
-                             f"{net.blocks[0].token.num_embeddings}, are allowed")
-        # One window's logits are 0.2 GB.
-        return language_task(net, pool, held, 4, 1, about)
+        most, least = net.blocks[0].token.num_embeddings, min(len(pool), len(held))
+        if least <= net.context or max(int(pool.max()), int(held.max())) >= most:
+            raise ValueError(f"{data}: {len(pool):,} and {len(held):,} tokens; more than "
+                             f"{net.context:,} each are needed, of a vocabulary of {most:,}")
+        return language_task(net, pool, held, 4, 1, about)           # a window's logits: 0.2 GB
     if name in ("gpt", "shakespeare"):
         context, layers, width, steps = (64, 3, 64, 1000) if name == "gpt" else (128, 4, 128, 2500)
         string = text(data)
@@ -844,9 +810,8 @@ def load_task(name: str, data=None, checkpoint=None, cache="cache", split: str =
         held = [files[i] for i in rest[:10_000]]
         if split == "test":
             held, others = imagenet(data, "val")
-            if others != classes:
-                raise ValueError(f"{data}: train and val have not the same class folders, such as "
-                                 f"{min(set(classes) ^ set(others))}")
+            for odd in sorted(set(classes) ^ set(others)):
+                raise ValueError(f"{data}: {odd} is not a class folder of both train and val")
         if len(classes) != 1000:
             warnings.warn(f"{data} has {len(classes)} classes, the checkpoints 1,000 (ImageNet's): "
                           "the accuracy says nothing", stacklevel=2)

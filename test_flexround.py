@@ -1210,7 +1210,7 @@ def test_a_download_and_no_network(name, file, tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match=r"could not download https://\S+ \(no route to host\)"):
         getattr(models, name)()
     (tmp_path / "checkpoints" / file).write_bytes(b"once downloaded")    # is read, not fetched
-    with pytest.raises(ValueError, match=f"{file}: not a readable checkpoint"):
+    with pytest.raises(ValueError, match=f"{file}: truncated or not readable"):
         getattr(models, name)()
 
 
@@ -1279,19 +1279,27 @@ def test_the_imagenet_resnets_have_the_published_tensors(name, tmp_path, monkeyp
             getattr(models, name)(path)
 
 
-@pytest.fixture(scope="module")
-def torchvision():
-    """torchvision, where it is installed. Its networks are plain Python, but without a build for
-    this torch (there is none for the CPU) its import misses two compiled operators: declared."""
+def import_torchvision():
+    """torchvision, or None where it is not installed. Its networks are plain Python, but without a
+    build for this torch (there is none for the CPU) its import misses two operators: declared."""
     if importlib.util.find_spec("torchvision") is None:
-        pytest.skip("torchvision is not installed")
+        return None
     try:
-        yield importlib.import_module("torchvision")
+        return importlib.import_module("torchvision")
     except RuntimeError:
         library = torch.library.Library("torchvision", "FRAGMENT")
         for name in ("nms", "qnms"):
             library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        yield importlib.import_module("torchvision")
+        DECLARED.append(library)                                     # it ends with its object
+        return importlib.import_module("torchvision")
+
+
+DECLARED = []
+
+
+@pytest.fixture
+def torchvision():
+    return import_torchvision() or pytest.skip("torchvision is not installed")
 
 
 def relative(ours, theirs):
@@ -1351,7 +1359,7 @@ def test_a_gpt2_checkpoint_is_read_and_others_are_refused(tmp_path):
     assert models.gpt2(path, n_head=4).blocks[1].heads == 4
     (tmp_path / "config.json").write_text('{"n_head": 8}')
     assert models.gpt2(path).blocks[1].heads == 8 and models.gpt2(path, 4).blocks[1].heads == 4
-    for config, message in (("{", "config.json is not a JSON object"),
+    for config, message in (("{", "config.json: truncated or not readable"),
                             ('{"activation_function": "relu"}', "'relu': 'gelu_new' is allowed"),
                             ('{"n_head": 7}', "heads = 7: a divisor of the width, 128")):
         (tmp_path / "config.json").write_text(config)
@@ -1362,7 +1370,7 @@ def test_a_gpt2_checkpoint_is_read_and_others_are_refused(tmp_path):
     key = "transformer.h.1.mlp.c_fc.weight"
     for wrong, message in (({key: good[key].T}, r"'h.1.mlp.c_fc.weight' has shape \(512, 128\); "
                                                 r"\(128, 512\) is needed"),
-                           ({"lm_head.weight": torch.zeros(61, 128)}, "'lm_head.weight'.*not tied"),
+                           ({"lm_head.weight": torch.zeros(61, 128)}, "'lm_head.weight' is not"),
                            ({"score.weight": torch.zeros(2, 128)}, r"'score.weight', \(2, 128\)"),
                            ({"transformer.wpe.weight": torch.zeros(16)}, r"\(61, 128\), \(16,\)")):
         torch.save({**good, **wrong}, path)
@@ -1376,7 +1384,7 @@ def test_a_gpt2_checkpoint_is_read_and_others_are_refused(tmp_path):
     with pytest.raises(ValueError, match="width 96 is no multiple of 64: give n_head"):
         models.gpt2(path)
     torch.save([1, 2], path)
-    with pytest.raises(ValueError, match="gpt2.bin: not a readable checkpoint"):
+    with pytest.raises(ValueError, match="gpt2.bin: truncated or not readable"):
         models.gpt2(path)
 
 
@@ -1390,6 +1398,7 @@ def test_gpt2_small_has_the_published_size():
 @torch.no_grad()
 @pytest.mark.parametrize("heads, told", [(2, "width / 64"), (4, "n_head"), (8, "config.json")])
 def test_our_gpt2_computes_what_transformers_does(heads, told, tmp_path):
+    import_torchvision()                                             # transformers imports it
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     torch.manual_seed(0)
     theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(
@@ -1468,7 +1477,7 @@ def test_imagenet_is_read_from_its_folders(photos):
         with pytest.raises(FileNotFoundError, match="must hold train and val"):
             models.imagenet(folder, "train")
     (photos / "val" / "n02").rename(photos / "val" / "n03")
-    with pytest.raises(ValueError, match="not the same class folders, such as n02"):
+    with pytest.raises(ValueError, match="n02 is not a class folder of both train and val"):
         models.load_task("resnet18", photos, samples=2)
 
 
@@ -1506,10 +1515,10 @@ def test_wikitext2_and_what_is_scored(tmp_path, monkeypatch):
         raise ConnectionError("no route to host")
 
     fake_tiktoken(monkeypatch, offline)
-    with pytest.raises(RuntimeError, match=r"gpt2 vocabulary \(ConnectionError\).*TIKTOKEN_CACHE"):
+    with pytest.raises(RuntimeError, match="TIKTOKEN_CACHE_DIR: ConnectionError"):
         models.gpt2_tokens("a")
     monkeypatch.setitem(sys.modules, "tiktoken", None)
-    with pytest.raises(ImportError, match="pip install tiktoken"):
+    with pytest.raises(RuntimeError, match="pip install tiktoken"):
         models.gpt2_tokens("a")
 
 
@@ -1546,7 +1555,7 @@ def test_gpt2_in_the_main_job(tmp_path, monkeypatch, capsys):
     reconstruct.main([*command, "--load", str(tmp_path / "net.int")])
     assert capsys.readouterr().out.split("score")[1].strip() in said
     (tmp_path / "wiki.test.raw").write_text("too short")
-    with pytest.raises(ValueError, match="360 and 9 tokens.*more than 16 each, below 61, are"):
+    with pytest.raises(ValueError, match="360 and 9 tokens; more than 16 each are needed"):
         models.load_task("gpt2", tmp_path, tmp_path / "gpt2.bin", samples=8)
 
 
