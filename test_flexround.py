@@ -1540,7 +1540,7 @@ def test_resnet18_in_the_main_job(photos, monkeypatch, capsys):
 def test_gpt2_in_the_main_job(tmp_path, monkeypatch, capsys):
     fake_tiktoken(monkeypatch)
     torch.manual_seed(0)
-    net = models.GPT(61, context=16, layers=2, heads=1, width=64)
+    net = models.GPT(200, context=16, layers=2, heads=1, width=64)
     torch.save(gpt2_checkpoint(net), tmp_path / "gpt2.bin")
     for part in ("valid", "test"):
         (tmp_path / f"wiki.{part}.raw").write_text("the quick brown fox jumps over the dog; " * 9)
@@ -1674,9 +1674,13 @@ def test_the_same_code_on_cuda(cache):
     net.to("cuda")
     reports = quantize_model(net.blocks, x, replace(QUICK, cache_device=cache))
     assert all(p.device.type == "cuda" for p in net.parameters())
-    for a, b in zip(on_cpu, reports, strict=True):                   # losses, not codes: see README
-        assert b.final_loss <= b.start_loss
+    moved = tiny("resnet conv")[0]                                   # lies on the CPU throughout
+    in_turn = quantize_model(moved.blocks, x, replace(QUICK, device="cuda", cache_device=cache))
+    assert all(p.device.type == "cpu" for p in moved.parameters())
+    for a, b, c in zip(on_cpu, reports, in_turn, strict=True):       # losses, not codes: see README
+        assert b.final_loss <= b.start_loss and c.final_loss <= c.start_loss
         assert b.start_loss == pytest.approx(a.start_loss, rel=0.2)
+        assert c.start_loss == pytest.approx(a.start_loss, rel=0.2)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
