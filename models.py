@@ -183,8 +183,8 @@ def classifier(channels: int, classes: int) -> nn.Sequential:
 
 
 class ResNet(Blocks):
-    """A stem, then stages of blocks, depth in all or in each, of which all but the first halve H
-    and W. The stem is a 3 x 3 convolution, or ImageNet's: 7 x 7 and a max pooling, a quarter each.
+    """A stem, then stages of blocks, `depth` in all or each; all stages but the first halve H and
+    W. The stem is a 3 x 3 convolution, or ImageNet's, 7 x 7 and max pooling: a quarter of H and W.
 
     ResNet(widths=(16, 32, 64), depth=3, shortcut="pad") is the CIFAR-10 ResNet-20.
     """
