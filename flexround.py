@@ -33,9 +33,11 @@ How this differs from the paper, and why
 - s1 starts at the minimum of the L_p error of W_hat with p = 2.4 by default, not the paper's p = 2:
   see search_range. The switch is p.
 
-What this file leaves out: activations, and learning the factors (reconstruct.py).
+Activations, W4A4 for example, are rounded to a grid with a learned step: see LSQ. What this file
+leaves out: learning the factors (reconstruct.py).
 """
 import math
+import warnings
 
 import torch
 import torch.nn.functional as F
@@ -404,6 +406,79 @@ class FlexRound(RoundToNearest):
         return Division.apply(W, self.log_s1, self.log_S2, self.log_s3, self.log_s4, *self.bounds)
 
 
+# ---- Activations: a learned step size (LSQ) ------------------------------------------------------
+
+class LearnedStep(torch.autograd.Function):
+    """x_hat = s * clamp(round(x / s)) from log s, and LSQ's gradients on the way back, with inside
+    as for a weight: dx_hat/dx = inside, dx_hat/dlog s = s (k - inside u) = x_hat - inside x."""
+
+    @staticmethod
+    def forward(ctx, x, log_step, lo, hi):
+        step = log_step.exp()
+        code = (x / step).round_()
+        k = code.clamp(lo, hi)
+        inside = code == k
+        x_hat = k.mul_(step)
+        ctx.save_for_backward(inside, x_hat - x * inside)
+        return x_hat
+
+    @staticmethod
+    def backward(ctx, G):
+        inside, slope = ctx.saved_tensors
+        return G * inside, (G * slope).sum(), None, None
+
+
+class LSQ(nn.Module):
+    """An activation on a grid with one learned step a tensor (Esser et al. 2020; section 4).
+
+        x_hat = step * clamp(round(x / step), lo - zero_point, hi - zero_point)
+        dL/dlog step = sum G (x_hat - inside x)        dL/dx = inside G        G = dL/dx_hat
+
+    inside is 1 where x rounds to a code that exists, the bounds included. LSQ scales the step's
+    gradient by 1 / sqrt(N Q); that is left out, since Adam divides the size of a gradient out. The
+    step is stored as its logarithm, which keeps it positive.
+
+    Args:
+        bits: 2 to 8. signed: codes -2^(b-1)..2^(b-1)-1 instead of 0..2^b-1.
+        log_step, zero_point: scalars to start from; LSQ.of finds them.
+        drop: QDrop's probability, in train mode, that an element stays x instead of x_hat.
+    """
+
+    def __init__(self, bits: int, signed: bool, log_step: Tensor, zero_point: Tensor,
+                 drop: float = 0.0):
+        super().__init__()
+        self.lo, self.hi = code_range(bits, signed)
+        self.bits, self.signed, self.drop = bits, signed, drop
+        self.log_step = nn.Parameter(log_step.clone())
+        self.register_buffer("zero_point", zero_point.clone())
+
+    @classmethod
+    def of(cls, x: Tensor, bits: int, symmetric: bool = True, p: float = 2.4, drop: float = 0.0):
+        """The LSQ that starts at the least L_p error on x, any shape, what a layer gets on
+        calibration inputs. ValueError as search_range.
+
+        symmetric: zero_point 0, and unsigned codes where x is nowhere negative (behind a ReLU);
+        otherwise unsigned codes and an integer zero_point, which is not learned.
+        """
+        signed = symmetric and bool(x.min() < 0)
+        x = x.detach().flatten()
+        if len(x) > 2 ** 16:                                         # large: some have to do
+            some = torch.randint(len(x), (2 ** 16,), generator=torch.Generator().manual_seed(0))
+            x = torch.cat([x[some.to(x.device)], x.amin()[None], x.amax()[None]])
+        return cls(bits, signed, *search_range(x[None], bits, signed, p=p), drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x_hat, x's shape."""
+        lo, hi = self.lo - self.zero_point, self.hi - self.zero_point
+        x_hat = LearnedStep.apply(x, self.log_step, lo, hi)
+        if self.training and self.drop > 0:
+            return torch.where(torch.rand_like(x) < self.drop, x, x_hat)
+        return x_hat
+
+    def extra_repr(self) -> str:
+        return f"bits={self.bits}, codes {self.lo}..{self.hi}, drop={self.drop}"
+
+
 METHODS = {"rtn": RoundToNearest, "adaround": AdaRound, "adaquant": AdaQuant,
            "flexround": FlexRound}
 SWITCHES = {AdaQuant: ["V_in_steps"], FlexRound: ["learn_s1", "use_s3_s4"]}    # a method's own
@@ -505,13 +580,87 @@ def quantize_layers(block: nn.Module, config, layer_bits: dict[str, int] | None 
     return made
 
 
+def quantize_input(layer, args):
+    """The forward pre-hook of a layer whose input is quantized. It knows the layer only when it is
+    called, so a deep copy of the layer uses its own LSQ."""
+    return layer.input_quantizer(args[0]), *args[1:]
+
+
+def quantize_inputs(block: nn.Module, x: Tensor, bits: dict[str, int], symmetric: bool = True,
+                    p: float = 2.4, drop: float = 0.0) -> dict[str, LSQ]:
+    """Quantize what single layers of a block get, in place: an LSQ each, started on one run.
+
+    A shortcut and its addition stay float, softmax and norms too: what is rounded is what a layer
+    multiplies its weight with. A ReLU's output is rounded where the next layer takes it, behind
+    the ReLU, so on an unsigned grid.
+
+    Args:
+        block: run once on x, as it is.
+        x: (N, ...) inputs of the block, on its device.
+        bits: of each layer's input, by the layer's name in the block.
+
+    Returns:
+        The LSQs by the name of their layer.
+
+    Raises:
+        ValueError: a layer that did not run, or as search_range does; the block is unchanged.
+    """
+    names = {block.get_submodule(name): name for name in bits}
+    seen, made = {}, {}
+
+    def look(layer, args):
+        seen.setdefault(names[layer], args[0].detach().clone())
+
+    handles = [layer.register_forward_pre_hook(look) for layer in names]
+    try:
+        with torch.no_grad():
+            block(x.clone())
+    finally:
+        for handle in handles:
+            handle.remove()
+    for name, b in bits.items():
+        if name not in seen:
+            raise ValueError(f"layer {name!r} did not run: its input has no range")
+        made[name] = LSQ.of(seen[name], b, symmetric, p, drop)
+    for name, quantizer in made.items():
+        place_input_quantizer(block.get_submodule(name), quantizer)
+    return made
+
+
+def place_input_quantizer(layer: nn.Module, quantizer: LSQ) -> None:
+    """From now on the layer computes with quantizer(x) instead of x."""
+    layer.input_quantizer = quantizer
+    layer.register_forward_pre_hook(quantize_input)
+
+
+def input_quantizers(module: nn.Module) -> dict[str, LSQ]:
+    """The LSQs that are in place in a module, by the name of their layer ('' for itself)."""
+    return {name: layer.input_quantizer for name, layer in module.named_modules()
+            if isinstance(getattr(layer, "input_quantizer", None), LSQ)}
+
+
+def remove_input_quantizers(module: nn.Module) -> None:
+    """Let the layers of a module take float inputs again."""
+    for name in input_quantizers(module):
+        layer = module.get_submodule(name)
+        del layer.input_quantizer
+        for key, hook in list(layer._forward_pre_hooks.items()):     # a copied layer has no handle
+            if hook is quantize_input:
+                del layer._forward_pre_hooks[key]
+
+
 def fold(module: nn.Module, keep: bool = True) -> nn.Module:
     """Remove the quantizers of a module, in place, leaving W_hat as the plain weight; return it.
+
+    A plain layer cannot round its input: quantizers of inputs go without trace, with a warning.
 
     Afterwards classes and state_dict keys are those of the float module and each weight is q(W)
     with hard codes, to the last bit: a new Parameter, so that a float layer which shared the old
     one keeps its values. keep=False puts the weight from before back instead.
     """
+    if input_quantizers(module) and keep:
+        warnings.warn("folded layers get float inputs again", stacklevel=2)
+    remove_input_quantizers(module)
     for name, quantizer in quantizers(module).items():
         layer = module.get_submodule(name)
         quantizer.eval()                                             # AdaRound: hard codes

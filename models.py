@@ -734,8 +734,9 @@ def load_task(name: str, data=None, checkpoint=None, cache="cache", split: str =
         name: "resnet" or "mobilenet" (on digits), "resnet20" (CIFAR-10), "resnet18" or "resnet50"
             (ImageNet), "gpt" (3 layers, width 64, on characters), "shakespeare" (4 layers, width
             128) or "gpt2" (WikiText-2).
-        data: resnet20: the folder of CIFAR-10's binary files; resnet18, resnet50: see imagenet;
-            gpt2: see wikitext2; the other GPTs: a text file, where gpt takes Python's without one.
+        data: resnet20 and, in place of digits, mobilenet: the folder of CIFAR-10's binary files;
+            resnet18, resnet50: see imagenet; gpt2: see wikitext2; the other GPTs: a text file,
+            where gpt takes Python's without one.
         checkpoint: resnet20, resnet18, resnet50, gpt2: its file, None downloads it.
         cache: folder for the small networks once trained.
         split: "test" scores test images (ImageNet's val), or the last 5 % of the text; "train"
@@ -798,6 +799,7 @@ def load_task(name: str, data=None, checkpoint=None, cache="cache", split: str =
                   f"pydoc_data.topics of Python {platform.python_version()}")
         return language_task(net, tokens[:a], tokens[b:] if split == "test" else tokens[a:b], 8, 32,
                              f"characters of {source}, sha256 {fingerprint(string)}")
+
     def image_task(net, calibration, score, count, source):
         return Task(rescale(fold_batchnorm(net), spread), calibration, score, 32,
                     f"{sum(p.numel() for p in net.parameters()):,} weights; {source}; "
@@ -819,10 +821,18 @@ def load_task(name: str, data=None, checkpoint=None, cache="cache", split: str =
         drawn = image_batches([files[i] for i in index], label="calibration images")
         return image_task(net, torch.cat([x for x, _ in drawn]), lambda net: accuracy(
             net, image_batches(held, label=f"{split} images")), len(held), "ImageNet")
-    if name == "resnet20":
+    if name == "resnet20" or (name == "mobilenet" and data is not None):
         x, y = cifar10(data, train=True)
         x_test, y_test = cifar10(data, train=False) if split == "test" else (None, None)
-        net, source, default = resnet20(checkpoint), "CIFAR-10", 1024
+        source, default = "CIFAR-10", 1024
+        if name == "resnet20":
+            net = resnet20(checkpoint)
+        else:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                net = MobileNet(widths=(16, 24, 32), depth=2, stride=2)
+            trained(net, Path(cache) / f"cifar-mobilenet-{len(x)}.pt", lambda net: train_classifier(
+                net, x, y, steps=6000, shift=4, label="training the mobilenet"))
     elif name in ("resnet", "mobilenet"):
         x, y, x_test, y_test = digits()
         with torch.random.fork_rng(devices=[]):

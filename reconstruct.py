@@ -38,7 +38,6 @@ import statistics
 import sys
 import time
 import warnings
-from collections import Counter
 from collections.abc import Iterable
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -52,14 +51,19 @@ from torch.nn.utils import parametrize
 from tqdm.auto import tqdm
 
 from flexround import (
+    LSQ,
     METHODS,
     AdaRound,
     code_range,
     fold,
     grid_shift,
+    input_quantizers,
+    place_input_quantizer,
     quantizable_layers,
+    quantize_inputs,
     quantize_layers,
     quantizers,
+    remove_input_quantizers,
     search_range,
 )
 
@@ -68,6 +72,10 @@ from flexround import (
 # at W2, MobileNetV2) at 5,000 iterations, 7e-6 to 7e-3 for language models; AdaRound and AdaQuant
 # 1e-3 at 20,000: AdaRound's V is a logit, and Adam moves it by about lr * iterations / 2 at most.
 DEFAULT_LR = {"rtn": 0.0, "adaround": 0.3, "adaquant": 1e-3, "flexround": 8e-3}
+
+# Section 4, the rates of the activations' steps in settings B and Q, here for their logarithms; and
+# the probability with which setting Q keeps a full-precision value.
+STEP_LR, QDROP = {"B": 4e-4, "Q": 4e-5}, 0.5
 
 
 @dataclass(frozen=True)
@@ -88,7 +96,11 @@ class ReconstructionConfig:
     lr: float | None = None          # Adam's first rate; None is the method's own, DEFAULT_LR
     seed: int = 0                    # of the batches (and of input_drop)
     input_drop: float = 0.0          # probability that an element of the input is x_fp's: 0 is
-    #                                  X_tilde (section 3.1), 1 is X, 0.5 QDrop's mixture ("Q")
+    #                                  X_tilde (section 3.1), 1 is X; setting Q takes 0.5
+    abits: int | None = None         # 2 to 8, of what each quantized layer gets; None: float
+    setting: str = "B"               # with abits: "B" learns weights, then, in a second pass,
+    #                                  steps; "Q" learns both together, dropping (section 4)
+    step_lr: float | None = None     # Adam's first rate of log step; None: STEP_LR of the setting
     end_bits: int | None = 8         # first layer of the first block, last of the last; None: bits
     layer_bits: dict = field(default_factory=dict)    # {"<block index>.<layer name>": bits}
     device: str | None = None        # where a block is computed: it is moved there for its turn and
@@ -110,6 +122,9 @@ class ReconstructionConfig:
         check("method", str, f"one of {', '.join(METHODS)}", lambda v: v in METHODS)
         check("layer_bits", dict, "a dict of bits")
         code_range(self.bits, self.symmetric)
+        if self.abits is not None:
+            code_range(self.abits, self.symmetric, "abits")
+        check("setting", str, "B or Q", lambda v: v in STEP_LR)
         if self.end_bits is not None:
             code_range(self.end_bits, self.symmetric, "end_bits")
         for name, bits in self.layer_bits.items():
@@ -128,8 +143,21 @@ class ReconstructionConfig:
         number = int | float
         check("p", number, "a positive number", lambda v: 0 < v < math.inf)
         check("input_drop", number, "a probability from 0 to 1", lambda v: 0 <= v <= 1)
-        if self.lr is not None:
-            check("lr", number, "a positive number or None", lambda v: 0 < v < math.inf)
+        if self.joint and self.input_drop not in (0, QDROP):
+            raise ValueError(f"input_drop = {self.input_drop}: setting Q takes {QDROP}")
+        for name in ("lr", "step_lr"):
+            if getattr(self, name) is not None:
+                check(name, number, "a positive number or None", lambda v: 0 < v < math.inf)
+
+    @property
+    def joint(self) -> bool:
+        """Whether steps are learned together with weights, and activations dropped."""
+        return self.abits is not None and self.setting == "Q"
+
+    @property
+    def drop(self) -> float:
+        """The probability that an element of a block's input is the full-precision one."""
+        return QDROP if self.joint else self.input_drop
 
 
 @dataclass
@@ -145,6 +173,7 @@ class BlockReport:
     history: list[float]                     # what Adam saw: a batch's loss at each iteration, for
     #                                          AdaRound with soft codes and the regulariser
     seconds: float
+    abits: dict[str, int] = field(default_factory=dict)    # of each quantized layer's input
 
 
 # ---- One block -----------------------------------------------------------------------------------
@@ -235,6 +264,9 @@ def reconstruct_block(block: nn.Module, x_q: Tensor, y_fp: Tensor, config: Recon
                       x_fp: Tensor | None = None, index: int = 0, progress=None) -> BlockReport:
     """Learn the factors of a block's quantizers, in place: Adam on block_loss(block(x_q), y_fp).
 
+    Where inputs of layers are quantized (flexround.quantize_inputs), in setting B their steps alone
+    are learned, since the weights have been before; in setting Q all of it together.
+
     The rate falls to 0 along a cosine. At the start and after each quarter of the iterations all of
     the calibration set is evaluated with hard codes on x_q, and the best state seen is the one that
     is kept. Afterwards the block is in eval mode and its factors are frozen; no other parameter is
@@ -244,8 +276,8 @@ def reconstruct_block(block: nn.Module, x_q: Tensor, y_fp: Tensor, config: Recon
         block: a module with quantizers in place (flexround.quantize_layers).
         x_q: (N, ...) the block's inputs behind quantized blocks, X_tilde.
         y_fp: (N, ...) its full-precision outputs on full-precision inputs, on any device.
-        config: method, iterations, batch_size, lr, seed and input_drop are read.
-        x_fp: (N, ...) the full-precision inputs X; needed where input_drop > 0.
+        config: method, iterations, batch_size, rates, seed, setting, input_drop are read.
+        x_fp: (N, ...) the full-precision inputs X; needed where config.drop > 0.
         index: the block's place in the network, which seeds its batches and is named in errors.
         progress: called as progress(iterations done, loss) at each evaluation.
 
@@ -262,11 +294,18 @@ def reconstruct_block(block: nn.Module, x_q: Tensor, y_fp: Tensor, config: Recon
         found = ", ".join(kind.__name__ for kind in kinds) or "no quantizers: call quantize_layers"
         raise ValueError(f"block {index} holds {found}: {config.method} is needed, as config says")
     check_inputs(x_q=x_q, y_fp=y_fp, x_fp=x_fp)
-    if config.input_drop > 0 and x_fp is None:
-        raise ValueError(f"input_drop = {config.input_drop} needs x_fp, the full-precision input")
+    if config.drop > 0 and x_fp is None:
+        raise ValueError(f"input_drop = {config.drop} needs x_fp, the full-precision input")
     x_q, y_fp, x_fp = x_q.detach(), y_fp.detach(), None if x_fp is None else x_fp.detach()
     device = device_of([block])
-    learned = [p for q in placed.values() for p in q.parameters()]
+    rounded = input_quantizers(block)
+    factors = [p for q in placed.values() for p in q.parameters()]
+    steps = [p for q in rounded.values() for p in q.parameters()]
+    if config.method == "rtn":
+        steps = []                                                   # as they were found
+    elif rounded and not config.joint:
+        factors = []                                                 # as they were learned
+    learned = factors + steps
     check_precision(learned, f"block {index}")
     if config.batch_size > len(x_q) and learned:
         warnings.warn(f"batch_size = {config.batch_size}, but there are only {len(x_q)} "
@@ -284,13 +323,15 @@ def reconstruct_block(block: nn.Module, x_q: Tensor, y_fp: Tensor, config: Recon
             progress(iteration, loss)
         return loss
 
-    with torch.enable_grad(), _learning(block, learned), _tf32(config.precision == "tf32"):
+    with torch.enable_grad(), _learning(block, learned), _tf32(config.precision == "tf32"), \
+            torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(1000 * config.seed + index)                # what is dropped
         try:
             best_loss, best_iteration = loss_after(0), 0
             if learned:                                              # not round to nearest
                 history = torch.zeros(config.iterations, device=device)
                 marks = evaluation_marks(config.iterations)
-                for i in _iterate(block, learned, x_q, y_fp, x_fp, config, index, history):
+                for i in _iterate(block, factors, steps, x_q, y_fp, x_fp, config, index, history):
                     if i not in marks:
                         continue
                     bad = (~torch.isfinite(history[:i])).nonzero()
@@ -309,7 +350,7 @@ def reconstruct_block(block: nn.Module, x_q: Tensor, y_fp: Tensor, config: Recon
                     p.copy_(value)
     return BlockReport(index, {name: q.bits for name, q in placed.items()}, evaluations[0][1],
                        best_loss, best_iteration, evaluations, history.tolist(),
-                       time.perf_counter() - began)
+                       time.perf_counter() - began, {name: q.bits for name, q in rounded.items()})
 
 
 @contextmanager
@@ -345,18 +386,16 @@ def _tf32(allowed: bool):
         cudnn.allow_tf32 = before[1]
 
 
-def _captured(step, generator=None):
+def _captured(step):
     """A function that does what step() does by replaying the kernels that step() launches now.
 
     A small block's iteration is hundreds of kernels of a few microseconds each, and launching them
     one by one takes longer than running them; a CUDA graph launches all at once. It reads and
     writes the very tensors that step() has used: so what changes from one iteration to the next has
-    to be copied into them, and the result is always the same tensor. A generator that step() draws
-    from is named, so that each replay draws anew.
+    to be copied into them, and the result is always the same tensor. Torch's own generator is known
+    to the graph, so that each replay draws anew.
     """
     graph = torch.cuda.CUDAGraph()
-    if generator is not None:
-        graph.register_generator_state(generator)
     with torch.cuda.graph(graph):
         result = step()
 
@@ -377,38 +416,39 @@ def _aside(step):
     return result
 
 
-def _iterate(block, learned, x_q, y_fp, x_fp, config, index, history):
+def _iterate(block, factors, steps, x_q, y_fp, x_fp, config, index, history):
     """The iterations of reconstruct_block; yields how many are done. Nothing here waits for the
     device: the loss stays there, in history."""
     device, total = history.device, config.iterations
     # Its own stream for each block: what one block draws does not depend on the others.
-    seed = 1000 * config.seed + index
-    draw = torch.Generator().manual_seed(seed)
+    draw = torch.Generator().manual_seed(1000 * config.seed + index)
     size = min(config.batch_size, len(x_q))
     batches = torch.stack([torch.randperm(len(x_q), generator=draw)[:size].clone()
                            for _ in range(total)]).to(x_q.device)    # (iterations, batch)
-    drop = torch.Generator(device).manual_seed(seed)
-    regularised = [q for q in quantizers(block).values() if isinstance(q, AdaRound)]
+    regularised = [q for q in quantizers(block).values() if isinstance(q, AdaRound) and factors]
+    dropping = [q for q in input_quantizers(block).values() if q.drop > 0]
 
     lr = DEFAULT_LR[config.method] if config.lr is None else config.lr
+    step_lr = STEP_LR[config.setting] if config.step_lr is None else config.step_lr
     # What changes from iteration to iteration lies in tensors that are filled before each: the
-    # rate (a cosine that falls to 0), AdaRound's weight and beta, and the batch.
-    changing = torch.tensor([(lr * (1 + math.cos(math.pi * i / total)) / 2,
-                              *AdaRound.schedule(i / total)) for i in range(total)], device=device)
-    rate, weight, beta = now = changing[0].clone()
+    # rates (a cosine that falls to 0), AdaRound's weight and beta, and the batch.
+    cosine = [(1 + math.cos(math.pi * i / total)) / 2 for i in range(total)]
+    changing = torch.tensor([(lr * c, step_lr * c, *AdaRound.schedule(i / total))
+                             for i, c in enumerate(cosine)], device=device)
+    rate, step_rate, weight, beta = now = changing[0].clone()
     batch = batches[0].clone()
+    groups = [{"params": p, "lr": r} for p, r in ((factors, rate), (steps, step_rate)) if p]
     if config.optimizer == "sgd":
-        optimizer = torch.optim.SGD(learned, lr=rate, fused=True)
+        optimizer = torch.optim.SGD(groups, fused=True)
     else:
-        optimizer = torch.optim.Adam(learned, lr=rate, fused=True,
-                                     capturable=device.type == "cuda")
+        optimizer = torch.optim.Adam(groups, fused=True, capturable=device.type == "cuda")
 
     def iteration():
-        for q in regularised:
-            q.train()                                                # soft codes
+        for q in regularised + dropping:
+            q.train()                                                # soft codes; dropping
         x, y = (fetch(t.index_select(0, batch), block, device) for t in (x_q, y_fp))
-        if config.input_drop > 0:                                    # QDrop, element by element
-            full = torch.rand(x.shape, generator=drop, device=device) < config.input_drop
+        if config.drop > 0:                                          # QDrop, element by element
+            full = torch.rand(x.shape, device=device) < config.drop
             x = torch.where(full, fetch(x_fp.index_select(0, batch), block, device), x)
         with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16",
                             cache_enabled=False):
@@ -416,7 +456,7 @@ def _iterate(block, learned, x_q, y_fp, x_fp, config, index, history):
         loss = block_loss(y_hat.to(y.dtype), y)
         for q in regularised:                                        # AdaRound only
             loss = loss + weight * q.regulariser(beta)
-        for p in learned:
+        for p in factors + steps:
             p.grad = None
         loss.backward()
         optimizer.step()
@@ -430,7 +470,7 @@ def _iterate(block, learned, x_q, y_fp, x_fp, config, index, history):
         batch.copy_(batches[i])
         if capture and i == 3:                                       # the first three warmed up
             try:
-                step = _captured(iteration, drop)
+                step = _captured(iteration)
             except RuntimeError as error:
                 warnings.warn(f"block {index} cannot be recorded as a CUDA graph and runs eagerly: "
                               f"{error}", stacklevel=2)
@@ -448,8 +488,9 @@ def _not_finite(index, iteration, config):
 
 # ---- A network: block after block ----------------------------------------------------------------
 
-def plan(blocks, config: ReconstructionConfig) -> list[dict[str, int]]:
-    """The bits of each layer that will be quantized, a dict {name in the block: bits} a block.
+def plan(blocks, config: ReconstructionConfig, inputs: bool = False) -> list[dict[str, int]]:
+    """The bits of each layer that will be quantized, a dict {name in the block: bits} a block; or
+    of these layers' inputs: abits, end_bits at the two ends, too, and layer_bits does not count.
 
     nn.Linear and nn.Conv2d are quantized; embeddings, a head tied to an embedding, norms and all
     else stay float. end_bits goes to the first layer of the first block and the last of the last,
@@ -473,16 +514,17 @@ def plan(blocks, config: ReconstructionConfig) -> list[dict[str, int]]:
     left = [f"{name} ({type(m).__name__})" for name, m in names.items()
             if name not in layers and not isinstance(m, nn.Embedding | nn.Linear | nn.Conv2d)
             and any("weight" in n and p.dim() > 1 for n, p in m.named_parameters(recurse=False))]
-    if left:
+    if left and not inputs:
         warnings.warn(f"only nn.Linear and nn.Conv2d are quantized; these stay float: {left}",
                       stacklevel=3)
 
-    bits = dict.fromkeys(layers, config.bits)
+    bits = dict.fromkeys(layers, config.abits if inputs else config.bits)
     if config.end_bits is not None:
         of_block = [[n for n in layers if n.split(".")[0] == str(i)] for i in (0, len(blocks) - 1)]
         for name in of_block[0][:1] + of_block[1][-1:]:
             bits[name] = config.end_bits
-    bits.update(config.layer_bits)
+    if not inputs:
+        bits.update(config.layer_bits)
     return [{name.partition(".")[2]: b for name, b in bits.items() if name.split(".")[0] == str(i)}
             for i in range(len(blocks))]
 
@@ -540,12 +582,14 @@ def quantize_model(blocks, calibration: Tensor, config: ReconstructionConfig) ->
         config: see ReconstructionConfig.
 
     Returns:
-        A report for each block that has layers to quantize, in order.
+        A report for each block that has layers to quantize, in order; in setting B with activations
+        then a second one for each, of its steps.
 
     Raises:
         ValueError: as ReconstructionConfig, plan and cache_bytes do, before any work.
         FloatingPointError: a loss that is not finite. Then, and on any other exception, that block
-            is full precision as before and the earlier ones stay quantized.
+            is as before (full precision, or in B's second pass with float activations) and the
+            earlier ones stay quantized.
     """
     if not (isinstance(blocks, Iterable) and all(isinstance(b, nn.Module) for b in blocks)):
         raise ValueError(f"blocks is {type(blocks).__name__}: a list of modules is allowed, such "
@@ -563,17 +607,32 @@ def quantize_model(blocks, calibration: Tensor, config: ReconstructionConfig) ->
     def outputs(block, x):
         return run(block, x, config.batch_size, device, cache, config.cache_dtype)
 
+    abits = plan(blocks, config, inputs=True) if config.abits else None
+    two_passes = bool(config.abits) and not config.joint and config.method != "rtn"
+    floats = copy.deepcopy(blocks) if two_passes else blocks         # the second pass's targets
     reports = []
-    x_fp = x_q = calibration.detach().to(cache, dtype_in_cache(calibration, config.cache_dtype))
-    steps = 0 if config.method == "rtn" else config.iterations
-    bar = tqdm(total=steps * sum(map(bool, bits)), disable=None,
-               desc=f"{config.method} W{config.bits}")
+    steps = 0 if config.method == "rtn" else config.iterations * (1 + two_passes)
+    bar = tqdm(total=steps * sum(map(bool, bits)), disable=None, desc=f"{config.method} "
+               f"W{config.bits}{f'A{config.abits}, {config.setting}' if config.abits else ''}")
     if not bar.disable:
         bar.write(f"cached activations: at most {size / 1e6:,.1f} MB on {cache}", file=sys.stderr)
-    with bar:
+
+    def place(i, x_q, weights, activations):
+        """Put the quantizers of a block in place; its activations are seen before its weights'."""
+        if activations:
+            quantize_inputs(blocks[i], fetch(x_q[:64], blocks[i], device), abits[i],
+                            config.symmetric, config.p, QDROP if config.joint else 0.0)
+        if weights:                                                  # all but what plan left out:
+            skip = set(quantizable_layers(blocks[i])) - set(bits[i])     # tied elsewhere
+            quantize_layers(blocks[i], config, bits[i], skip)
+
+    def sweep(targets, weights, activations):
+        """The loop at the head of this file. Each pass is one."""
+        x_fp = x_q = calibration.detach().to(cache, dtype_in_cache(calibration, config.cache_dtype))
         for i, block in enumerate(blocks[:last + 1]):
+            with _on(targets[i].eval(), config.device):
+                y_fp = outputs(targets[i], x_fp)
             with _on(block.eval(), config.device):
-                y_fp = outputs(block, x_fp)
                 if not bits[i]:
                     untouched = x_q is x_fp                          # nothing quantized so far
                     x_q = y_fp if untouched else outputs(block, x_q)
@@ -585,17 +644,24 @@ def quantize_model(blocks, calibration: Tensor, config: ReconstructionConfig) ->
                     bar.set_postfix_str(f"block {i}, loss {loss:.3g}", refresh=False)
                     bar.update(done + iteration - bar.n)
 
-                # What plan left out: layers tied to another block's embedding.
-                skip = set(quantizable_layers(block)) - set(bits[i])
-                quantize_layers(block, config, bits[i], skip)
                 try:
-                    x_fp = x_fp if config.input_drop > 0 else None   # else its memory is free
+                    place(i, x_q, weights, activations)
+                    x_fp = x_fp if config.drop > 0 else None         # else its memory is free
                     reports.append(reconstruct_block(block, x_q, y_fp, config, x_fp, i, progress))
                 except BaseException:
-                    fold(block, keep=False)
+                    remove_input_quantizers(block)
+                    if weights:
+                        fold(block, keep=False)
                     raise
                 if i < last:
                     x_fp, x_q = y_fp, outputs(block, x_q)
+
+    with bar:
+        if two_passes:
+            sweep(blocks, weights=True, activations=False)
+            sweep(floats, weights=False, activations=True)
+        else:
+            sweep(blocks, weights=True, activations=bool(config.abits))
     for block in blocks[last + 1:]:
         block.eval()
     return reports
@@ -603,7 +669,7 @@ def quantize_model(blocks, calibration: Tensor, config: ReconstructionConfig) ->
 
 # ---- The integers, out and back ------------------------------------------------------------------
 
-FORMAT, VERSION = "flexround-quantized", 1
+FORMAT, VERSION = "flexround-quantized", 2
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
@@ -631,6 +697,9 @@ def _decode(file: dict) -> dict[str, Tensor]:
         codes = unpack(data, layer["bits"], math.prod(layer["shape"])).view(layer["shape"]) + lo
         W_hat = file["s1"][name] * (codes - file["zero_point"][name])
         state[f"{name}.weight" if name else "weight"] = W_hat
+    for name, q in file["inputs"].items():
+        state |= {f"{name}.input_quantizer.{key}".lstrip("."): q[key]
+                  for key in ("log_step", "zero_point")}
     return state
 
 
@@ -649,12 +718,14 @@ def save_quantized(model: nn.Module, path) -> int:
     The file is torch's own format and holds tensors and plain values only, so that it is read with
     weights_only (no code runs) and without a further package:
 
-        format, version   "flexround-quantized", 1
+        format, version   "flexround-quantized", 2
         layers            by name: bits, shape, symmetric, axis (0: one s1 a channel, None: one),
                           offset and bytes of its codes in the buffer
         codes             uint8: all layers' codes - lo at their true width, each layer from a new
                           byte on; lo is -2^(b-1) on a symmetric grid and 0 otherwise
         s1, zero_point    by name; W_hat = s1 * (code - zero_point)
+        inputs            of layers whose input is quantized, by name: bits, signed, log_step,
+                          zero_point
         rest              what else state_dict holds: biases, norms, embeddings, other buffers
         sha256            of all tensors that the loaded network will have
 
@@ -680,10 +751,14 @@ def save_quantized(model: nn.Module, path) -> int:
         s1[name], zero_point[name] = q.s1.detach().cpu(), q.zero_point.cpu()
         buffer.append(data)
         offset += len(data)
-    ours = tuple(f"{name}.parametrizations.weight.".lstrip(".") for name in placed)
+    inputs = {name: {"bits": q.bits, "signed": q.signed, "log_step": q.log_step.detach().cpu(),
+                     "zero_point": q.zero_point.cpu()}
+              for name, q in input_quantizers(model).items()}
+    ours = tuple(f"{name}.{own}.".lstrip(".") for name in placed
+                 for own in ("parametrizations.weight", "input_quantizer"))
     rest = {k: v.cpu() for k, v in model.state_dict().items() if not k.startswith(ours)}
     file = {"format": FORMAT, "version": VERSION, "layers": layers, "codes": torch.cat(buffer),
-            "s1": s1, "zero_point": zero_point, "rest": rest}
+            "s1": s1, "zero_point": zero_point, "inputs": inputs, "rest": rest}
     file["sha256"] = _digest(_decode(file))
     partial = Path(f"{path}.partial")
     try:
@@ -700,7 +775,8 @@ def load_quantized(model: nn.Module, path) -> nn.Module:
     """Put the weights of a file of save_quantized into a float network; return it in eval mode.
 
     The result equals what fold() of the saved model would be (torch.equal; a weight -0.0 becomes
-    0.0): plain layers that hold W_hat. All is checked before the first tensor is changed.
+    0.0): plain layers that hold W_hat. Where inputs of layers were quantized, they are again. All
+    is checked before the first tensor is changed.
 
     Args:
         model: the float architecture of the saved model, batch norm folded where it was there; its
@@ -716,17 +792,21 @@ def load_quantized(model: nn.Module, path) -> nn.Module:
         if file["format"] != FORMAT:
             raise KeyError("format")
         version = int(file["version"])
-        state = _decode(file) if version == VERSION else {}
-        damaged = version == VERSION and _digest(state) != file["sha256"]
+        file.setdefault("inputs", {})                                # version 1 had none
+        state = _decode(file) if version <= VERSION else {}
+        damaged = version <= VERSION and _digest(state) != file["sha256"]
     except FileNotFoundError:
         raise
     except Exception as error:                                       # torch raises many kinds
         raise ValueError(f"{path}: truncated, damaged or not a file of save_quantized "
                          f"({type(error).__name__})") from error
-    if version != VERSION:
-        raise ValueError(f"{path}: version {version}; this code reads version {VERSION}")
+    if version > VERSION:
+        raise ValueError(f"{path}: version {version}; this code reads up to version {VERSION}")
     if damaged:
         raise ValueError(f"{path}: damaged: its tensors do not have the SHA-256 that it names")
+    inputs = {name: LSQ(q["bits"], q["signed"], q["log_step"], q["zero_point"])
+              for name, q in file["inputs"].items()}
+    state = {key: t for key, t in state.items() if ".input_quantizer." not in f".{key}"}
     own, at = model.state_dict(), {}
     for key in [*state, *own]:
         if key not in own or key not in state:
@@ -741,6 +821,9 @@ def load_quantized(model: nn.Module, path) -> nn.Module:
             raise ValueError(f"{path}: another architecture: {twin!r} and {key!r} are one tensor "
                              "in the model, two in the file")
     model.load_state_dict(state)
+    for name, quantizer in inputs.items():
+        quantizer.requires_grad_(False)
+        place_input_quantizer(model.get_submodule(name), quantizer.to(device_of([model])))
     return model.eval()
 
 
@@ -786,7 +869,7 @@ def time_block(block: nn.Module, x: Tensor, config: ReconstructionConfig, rounds
                 p.requires_grad_()
             own = replace(config, iterations=total, cuda_graph=graph)
             steps["iteration captured" if graph else "iteration"] = _iterate(
-                hat, learned, x, y, None, own, 0, torch.zeros(total, device=device)).__next__
+                hat, learned, [], x, y, None, own, 0, torch.zeros(total, device=device)).__next__
             for _ in range(4):                                       # the warm-up and the capture
                 list(steps.values())[-1]()
         if cuda:
@@ -861,6 +944,11 @@ def parser() -> argparse.ArgumentParser:
     add("--method", nargs="+", default=list(NAMES), metavar="NAME", choices=list(NAMES),
         help=", ".join(NAMES))
     add("--bits", nargs="+", type=int, default=[3, 2], help="of a weight, 2 to 8; a row each")
+    add("--abits", type=int, help="bits of what a quantized layer gets (default: float)")
+    add("--setting", default="B", choices=["B", "Q"],
+        help="with --abits: B learns weights, then steps; Q both together, dropping")
+    add("--step-lr", type=float, help="first rate of the activations' steps (default: 4e-4 in B, "
+                                      "4e-5 in Q)")
     add("--end-bits", type=int, default=8,
         help="bits of the first layer of the first block and the last of the last; 0: as --bits")
     add("--asymmetric", action="store_true", help="a grid with a zero point")
@@ -888,9 +976,9 @@ def parser() -> argparse.ArgumentParser:
     add("--cache-device", help="where cached activations live (default: --device)")
     add("--cache-dtype", help="of cached activations: float32, bfloat16 or float16 (default: as "
                               "computed)")
-    add("--data", help="resnet20: folder of CIFAR-10's binary files; resnet18, resnet50: folder "
-        "with ImageNet's train and val; gpt2: folder of WikiText-2's wiki.*.raw; gpt, shakespeare: "
-        "a text file")
+    add("--data", help="resnet20, mobilenet (in place of digits): folder of CIFAR-10's binary "
+        "files; resnet18, resnet50: folder with ImageNet's train and val; gpt2: folder of "
+        "WikiText-2's wiki.*.raw; gpt, shakespeare: a text file")
     add("--checkpoint", help="file of resnet20's, resnet18's, resnet50's or gpt2's weights "
                              "(default: downloaded)")
     add("--save", metavar="FILE", help="write the integers (one model, one method, one --bits)")
@@ -935,8 +1023,8 @@ def one_run(name: str, task, config: ReconstructionConfig, full: float):
     return net, {
         "network": name, "about": task.about, "config": asdict(config), "full": full,
         "score": score, "loss": reports[-1].final_loss, "seconds": round(seconds, 1),
-        "block_seconds": [round(r.seconds, 2) for r in reports],
         "kept_last": sum(r.best_iteration == config.iterations for r in reports) / len(reports),
+        "block_seconds": [round(r.seconds, 2) for r in reports],
         "moved": [float((moved >= steps).float().mean()) for steps in (1, 2)],
         "s1_ratio": [min(ratios), max(ratios)],
         "machine": f"{machine}, torch {torch.__version__}"}
@@ -961,37 +1049,44 @@ def read_results(path) -> list[dict]:
 
 
 def table(records: list[dict]) -> str:
-    """Runs as a Markdown table: a row for each network and number of bits, a column for each method
-    and setting; the median over seeds, least and greatest in brackets, and the median seconds.
-
-    A setting is named in the column's head where it differs from that of most runs.
+    """Runs as a Markdown table: networks and bits down, methods and settings across (the other way
+    round where these are many); the median over seeds, in brackets the least and the greatest, and
+    the median of the seconds. A setting is named where it varies and is not the default.
     """
-    hidden = ("method", "bits", "seed", "device", "cache_device", "batch_size")
-    usual = {}                                                       # of each method's settings
+    seen = {}                                                        # of each method's settings
     for config in (r["config"] for r in records):
         for key, value in config.items():
-            usual.setdefault((config["method"], key), Counter())[str(value)] += 1
-    cells = {}
+            seen.setdefault((config["method"], key), set()).add(str(value))
+    hidden = ("method", "bits", "abits", "seed", "batch_size", "device", "cache_device",
+              "layer_bits")
+    cells, rows, columns = {}, {}, {}
     for record in records:
         config = record["config"]
-        other = [f"{k} {v}" for k, v in config.items() if k not in hidden
-                 and str(v) != usual[config["method"], k].most_common(1)[0][0]]
-        row = record["network"], config["bits"]
-        column = ", ".join([NAMES[config["method"]], *other])
-        cells.setdefault(column, {}).setdefault(row, []).append(record)
-    full = {row: runs[0]["full"] for rows in cells.values() for row, runs in rows.items()}
+        settings = [f"{k} {v}" for k, v in config.items() if k not in hidden and v is not None
+                    and (k == "lr" or len(seen[config["method"], k]) > 1
+                         and v != getattr(ReconstructionConfig, k))]
+        abits = f"A{config['abits']}" if config.get("abits") else ""
+        row = f"{record['network']} | W{config['bits']}{abits} | {record['full']:.2f}"
+        column = ", ".join([NAMES[config["method"]], *settings])
+        rows[row] = columns[column] = None                           # in the order of the records
+        cells.setdefault((row, column), []).append(record)
 
     def cell(runs):
-        scores = [r["score"] for r in runs]
-        seconds = statistics.median(r["seconds"] for r in runs)
+        if not runs:
+            return ""
+        scores, seconds = zip(*((r["score"], r["seconds"]) for r in runs), strict=True)
         spread = f"{min(scores):.2f} to {max(scores):.2f}; " if len(runs) > 1 else ""
-        return f"{statistics.median(scores):.2f} ({spread}{seconds:.0f} s)" if runs else ""
+        return f"{statistics.median(scores):.2f} ({spread}{statistics.median(seconds):.0f} s)"
 
-    lines = [["network", "bits", "full precision", *cells], ["---"] * (len(cells) + 3)]
-    lines += [[row[0], str(row[1]), f"{value:.2f}", *(cell(rows.get(row, []))
-                                                      for rows in cells.values())]
-              for row, value in full.items()]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    if len(columns) <= 7:
+        lines = [["network | bits | full precision", *columns]] + [
+            [row, *(cell(cells.get((row, c))) for c in columns)] for row in rows]
+    else:
+        lines = [["network, bits, full precision", *(r.replace(" |", ",") for r in rows)]] + [
+            [c, *(cell(cells.get((row, c))) for row in rows)] for c in columns]
+    rule = "|---" * (" | ".join(lines[0]).count(" | ") + 1) + "|"
+    head, *body = (f"| {' | '.join(line)} |" for line in lines)
+    return "\n".join([head, rule, *body])
 
 
 def peak_memory(device: str) -> str:
@@ -1014,7 +1109,8 @@ def main(arguments=None) -> None:
     configs = [ReconstructionConfig(
         method, bits, not args.asymmetric, args.per_channel, p=args.p, iterations=args.iterations,
         learn_s1=not args.fix_s1, use_s3_s4=not args.no_s3_s4, V_in_steps=args.V_in_steps,
-        optimizer=args.optimizer, seed=seed, lr=None if method == "rtn" else args.lr or
+        optimizer=args.optimizer, seed=seed, abits=args.abits, setting=args.setting,
+        step_lr=args.step_lr, lr=None if method == "rtn" else args.lr or
         (DEFAULT_LR[method] if args.optimizer == "adam" else None), input_drop=args.input_drop,
         end_bits=args.end_bits or None, cache_device=args.cache_device, precision=args.precision,
         device=args.device, cache_dtype=args.cache_dtype)
@@ -1058,25 +1154,27 @@ def main(arguments=None) -> None:
     records = []
     earlier = read_results(args.results) if args.study else []
     for name in args.model:
+        row = name if args.rescale == 1 else f"{name}, channels x {args.rescale:g}"
         for config in configs:
             task = tasks[name, config.seed]
             config = replace(config, batch_size=args.batch_size or task.batch_size)
-            about = f"W{config.bits} {NAMES[config.method]}, seed {config.seed}"
-            known = [r for r in earlier if same_run(r, args.study, name, task.about, config)]
+            about = (f"W{config.bits}{f'A{config.abits} {config.setting}' if config.abits else ''} "
+                     f"{NAMES[config.method]}, seed {config.seed}")
+            known = [r for r in earlier if same_run(r, args.study, row, task.about, config)]
             if known:
                 records.append(known[0])
                 continue
             try:
-                net, record = one_run(name, task, config, full[name])
+                net, record = one_run(row, task, config, full[name])
             except FloatingPointError as error:                      # the others go on
-                print(f"{name} {about}: {error}", file=sys.stderr)
+                print(f"{row} {about}: {error}", file=sys.stderr)
                 continue
             records.append(record)
             if args.study:                                           # a line is written whole
                 with open(args.results, "a") as out:
                     out.write(json.dumps({"study": args.study, **record}) + "\n")
             took = record["block_seconds"]
-            print(f"{name} {about}: {record['score']:.2f} ({record['seconds']:.0f} s; a block "
+            print(f"{row} {about}: {record['score']:.2f} ({record['seconds']:.0f} s; a block "
                   f"{statistics.median(took):.1f}, at most {max(took):.1f})", flush=True)
             if args.save:
                 print(f"{args.save}: {save_quantized(net, args.save):,} bytes, in float32 "

@@ -25,12 +25,14 @@ import flexround
 import models
 import reconstruct
 from flexround import (
+    LSQ,
     METHODS,
     AdaQuant,
     AdaRound,
     FlexRound,
     RoundToNearest,
     fold,
+    input_quantizers,
     quantize_layers,
     quantizers,
     search_range,
@@ -1084,7 +1086,8 @@ def test_one_block_at_a_time_is_moved_to_the_device_and_back(monkeypatch):
     quantize_model(net.blocks, x, replace(QUICK, method="rtn"))
     assert moves == []                                               # blocks stay where they are
     quantize_model(fold(net).blocks, x, replace(QUICK, method="rtn", device="cpu"))
-    assert moves == [(i, "cpu") for i in range(4) for _ in ("there", "back")]
+    there_and_back = [(0, "cpu"), (0, "cpu")]                        # for the target, to learn
+    assert moves == [(i, device) for i in range(4) for _, device in 2 * there_and_back]
 
 
 @pytest.mark.parametrize("name", ["resnet conv", "resnet pad", "mobilenet"])
@@ -1532,7 +1535,7 @@ def test_resnet18_in_the_main_job(photos, monkeypatch, capsys):
     # Two images, 64 x 56 x 56 in bfloat16 into and out of block 1, both paths.
     assert f"at most {2 * 2 * 2 * 2 * 64 * 56 ** 2 / 1e6:,.1f} MB" in said
     assert "; ImageNet; accuracy on 4 test images; 21 layers, at 8 bits ['0.0', '9.2']" in said
-    assert list(rows_of(said)) == [("resnet18", "4")]
+    assert list(rows_of(said)) == [("resnet18", "W4")]
     assert re.search(r", seed 0: \d+\.\d+ \(\d+ s; a block \d+\.\d, at most \d+\.\d\)", said)
     assert re.search(r"^Peak memory: [\d,]+ MB of RAM$", said, re.M)
 
@@ -1628,7 +1631,7 @@ def test_the_main_job_in_small(tmp_path):
     rows = rows_of(done.stdout)
     assert list(rows) == [("gpt", "3"), ("gpt", "2")]
     for cells in rows.values():
-        assert list(cells) == ["full precision", "round to nearest", "FlexRound"]
+        assert list(cells) == ["full precision", "round to nearest", "FlexRound, lr 0.008"]
         assert re.fullmatch(r"\d+\.\d\d", cells.pop("full precision"))
         assert all(re.fullmatch(r"\d+\.\d\d \(\d+ s\)", c) for c in cells.values())
     assert "16 calibration inputs" in done.stdout and "12 layers" in done.stdout
@@ -1641,7 +1644,7 @@ def test_the_main_job_in_small(tmp_path):
     records = reconstruct.read_results(tmp_path / "runs.jsonl")
     assert records[:4] == first and len(records) == 5
     a, b = sorted((records[1]["score"], records[4]["score"]))
-    cell = rows_of(done.stdout)["gpt", "3"]["FlexRound"]
+    cell = rows_of(done.stdout)["gpt", "3"]["FlexRound, lr 0.008"]
     assert cell.startswith(f"{(a + b) / 2:.2f} ({a:.2f} to {b:.2f}; ")
 
 
@@ -1720,6 +1723,165 @@ def test_bf16_is_for_the_matmuls_alone():
     assert report.history != full.history
 
 
+# ---- Activations ---------------------------------------------------------------------------------
+
+def disturbed_lsq(symmetric, shift=0.0, bits=3):
+    """An LSQ whose grid clips some of x, and x in double precision."""
+    x = torch.randn(7, 11, generator=torch.Generator().manual_seed(3), dtype=torch.double) + shift
+    q = LSQ.of(x, bits, symmetric)
+    with torch.no_grad():
+        q.log_step -= 0.4
+    return q, x
+
+
+@pytest.mark.parametrize("symmetric, shift, lo, zero", [
+    (True, 0.0, -4, True), (True, 5.0, 0, True), (False, 0.7, 0, False)])
+def test_an_activation_in_closed_form_and_by_gradcheck(symmetric, shift, lo, zero):
+    q, x = disturbed_lsq(symmetric, shift)
+    assert (q.lo, q.hi) == (lo, lo + 7) and (int(q.zero_point) == 0) == zero
+    G = weight((7, 11), seed=9)
+    x.requires_grad_()
+    x_hat = q(x)
+    x_hat.backward(G)
+    step, z = float(q.log_step.detach().exp()), int(q.zero_point)
+    code = (x.detach() / step).round() + z
+    inside = ((code >= q.lo) & (code <= q.hi)).double()
+    assert 0 < inside.sum() < inside.numel()
+    k = code.clamp(q.lo, q.hi) - z
+    torch.testing.assert_close(x_hat, step * k)
+    torch.testing.assert_close(x.grad, inside * G)
+    torch.testing.assert_close(q.log_step.grad, (G * step * (k - inside * x.detach() / step)).sum())
+    # The frozen residual: round(u) = u + c; away from the bounds, where the clamp has its kinks.
+    u = x.detach() / step
+    c, smooth = u.round() - u, ((code != q.lo) & (code != q.hi)).double()
+
+    def surrogate(x, log_step):
+        lo, hi = (float(b - z) for b in (q.lo, q.hi))
+        return smooth * log_step.exp() * (x / log_step.exp() + c).clamp(lo, hi)
+
+    start = x.detach().clone().requires_grad_(), q.log_step.detach().clone().requires_grad_()
+    assert torch.autograd.gradcheck(surrogate, start)
+    surrogate(*start).backward(G)
+    x.grad = q.log_step.grad = None
+    q(x).backward(G * smooth)
+    torch.testing.assert_close(x.grad, start[0].grad)
+    torch.testing.assert_close(q.log_step.grad, start[1].grad)
+
+
+def test_dropping_is_for_training_alone():
+    q, x = disturbed_lsq(True)
+    q.drop = 0.5
+    torch.manual_seed(0)
+    x_hat = q.eval()(x)
+    assert torch.equal(q(x), x_hat)
+    mixed = q.train()(x)
+    kept = (mixed == x).double().mean()
+    assert 0.3 < kept < 0.7 and ((mixed == x) | (mixed == x_hat)).all()
+
+
+def test_a_large_activation_is_searched_on_a_part_that_knows_its_ends():
+    x = torch.randn(300_000, generator=torch.Generator().manual_seed(0))
+    x[123_456] = 50.0
+    began = time.perf_counter()
+    q = LSQ.of(x, 8, p=8.0)                                          # such a p minds outliers
+    assert time.perf_counter() - began < 5
+    assert float(q.log_step.detach().exp()) > 0.9 * 50 / 127
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("setting", ["B", "Q"])
+@over_grids
+def test_weights_and_activations_end_to_end(name, setting, symmetric):
+    net, x, layers = tiny(name)
+    full = net(x).detach()
+    own = replace(QUICK, bits=8, abits=8, setting=setting, symmetric=symmetric)
+    reports = quantize_model(net.blocks, x, own)
+    # Near the float network at 8 bits; all tensors are named in the reports.
+    assert float((net(x) - full).norm() / full.norm()) < 0.1
+    flat = [name for names in layers for name in names]
+    passes = {"B": 2, "Q": 1}[setting]
+    assert [n for r in reports for n in r.bits] == flat * passes
+    assert [n for r in reports for n in r.abits] == flat
+    assert len(input_quantizers(net)) == len(quantizers(net)) == len(flat)
+    if symmetric and name == "resnet conv":                          # behind the ReLUs: unsigned
+        signed = {n: q.signed for n, q in input_quantizers(net).items()}
+        assert signed.pop("blocks.0.0") and not any(signed.values())
+    # Grids are used: each layer gets at most 2^8 different values.
+    seen = []
+    layer = net.blocks[1].get_submodule(layers[1][0])
+    layer.register_forward_pre_hook(lambda layer, args: seen.append(args[0].unique().numel()))
+    net(x)
+    assert 4 < seen[0] <= 256
+
+
+def test_bits_of_activations():
+    net, x, _ = tiny("resnet conv")
+    reports = quantize_model(net.blocks, x, replace(QUICK, abits=4, setting="Q",
+                                                    layer_bits={"1.conv1.0": 5}))
+    bits = {f"{r.index}.{n}": b for r in reports for n, b in r.abits.items()}
+    ends = {"0.0": 8, f"{len(net.blocks) - 1}.2": 8}
+    assert bits == {**dict.fromkeys(bits, 4), **ends} and len(bits) > 4
+    assert reports[1].bits["conv1.0"] == 5 and reports[1].abits["conv1.0"] == 4
+
+
+@pytest.mark.parametrize("method", ["rtn", "adaround", "flexround"])
+def test_what_each_setting_learns(method):
+    net, x, _ = tiny("resnet conv")
+    alone = copy.deepcopy(net)
+    quantize_model(alone.blocks, x, replace(QUICK, method=method))
+    in_b = copy.deepcopy(net)
+    reports = quantize_model(in_b.blocks, x, replace(QUICK, method=method, abits=3, step_lr=0.02))
+    # B: the weights are what they are without activations; then the steps lower the loss.
+    for q, p in zip(quantizers(alone).values(), quantizers(in_b).values(), strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(q.parameters(), p.parameters(), strict=True))
+    second = [r for r in reports if r.abits]
+    assert any(r.final_loss < r.start_loss for r in second) == (method != "rtn")
+    if method == "rtn":
+        return
+    in_q = copy.deepcopy(net)
+    together = replace(QUICK, method=method, abits=3, setting="Q", step_lr=0.02)
+    quantize_model(in_q.blocks, x, together)
+    again = copy.deepcopy(net)
+    quantize_model(again.blocks, x, together)
+    assert torch.equal(in_q(x), again(x))                            # dropping has the seed's bits
+    other = copy.deepcopy(net)
+    quantize_model(other.blocks, x, replace(together, seed=1))
+    assert not torch.equal(in_q(x), other(x))
+
+
+def test_steps_and_hooks_come_and_go_with_their_layer(tmp_path):
+    net, x, _ = tiny("resnet conv")
+    plain = copy.deepcopy(net)
+    own = replace(QUICK, abits=4, setting="Q", step_lr=0.02)
+    quantize_model(net.blocks, x, own)
+    twin = copy.deepcopy(plain)
+    quantize_model(twin.blocks, x, replace(own, method="flexround", iterations=1))
+    twin.load_state_dict(net.state_dict())                           # steps are in the state_dict
+    assert torch.equal(twin(x), net(x))
+    twin.double().float()
+    y = net(x)
+    with torch.no_grad():                                            # a copy has steps of its own
+        for q in input_quantizers(twin).values():
+            q.log_step += 1
+    assert torch.equal(net(x), y) and not torch.equal(twin(x), y)
+    reconstruct.save_quantized(net, tmp_path / "net.int")
+    loaded = reconstruct.load_quantized(copy.deepcopy(plain), tmp_path / "net.int")
+    assert torch.equal(loaded(x), y)
+    with pytest.warns(UserWarning, match="float inputs again"):
+        flexround.fold(twin)
+    assert not input_quantizers(twin) and set(twin.state_dict()) == set(plain.state_dict())
+    assert not any(m._forward_pre_hooks for m in twin.modules())
+
+
+def test_a_failing_second_pass_leaves_weights_quantized_and_inputs_float():
+    first, second = small_block(), nn.Sequential(nn.Conv2d(16, 8, 3), Exploding(62))
+    with pytest.raises(FloatingPointError, match="block 1, flexround.* iteration 12 of 50"):
+        quantize_model([first, second], correlated(32, 3, 6, 6),
+                       ReconstructionConfig(iterations=50, batch_size=8, abits=4))
+    assert len(quantizers(first)) == len(input_quantizers(first)) == 2
+    assert quantizers(second) and not input_quantizers(second)
+
+
 # ---- The integers, out and back ------------------------------------------------------------------
 
 @pytest.mark.parametrize("bits", range(2, 9))
@@ -1778,9 +1940,9 @@ def test_a_wrong_file_is_refused_and_changes_nothing(tmp_path):
     refuse(models.fold_batchnorm(wider), r"'blocks.2.conv1.0.\w+' is .*\(6, 4, 3, 3\)|\(6,\)")
     refuse(copy.deepcopy(floats).double(), "torch.float32.* in the file, .*torch.float64")
     refuse(tiny("mobilenet")[0], r"another architecture: 'blocks.1.\w+.*' is only in the file")
-    refuse(floats, "version 2; this code reads version 1", {**good, "version": 2})
+    refuse(floats, "version 3; this code reads up to version 2", {**good, "version": 3})
     refuse(floats, "not a file of save_quantized", floats.state_dict())
-    for key in good:
+    for key in set(good) - {"inputs"}:                               # version 1 had no inputs
         refuse(floats, "not a file of save_quantized", {k: v for k, v in good.items() if k != key})
     refuse(floats, "damaged", {**good, "codes": good["codes"][:-3]})
     refuse(floats, "SHA-256", {**good, "codes": good["codes"] ^ 1})
@@ -1909,6 +2071,10 @@ def test_save_and_load_from_the_command_line(tmp_path):
     ({"cache_dtype": "int8"}, "cache_dtype = 'int8': None, float32, bfloat16 or float16"),
     ({"optimizer": "adamw"}, "optimizer = 'adamw': adam or sgd"),
     ({"optimizer": "sgd"}, "optimizer = 'sgd' needs an lr"),
+    ({"abits": 9}, "abits = 9: an integer from 2 to 8"),
+    ({"setting": "C"}, "setting = 'C': B or Q"),
+    ({"abits": 4, "setting": "Q", "input_drop": 0.3}, "input_drop = 0.3: setting Q takes 0.5"),
+    ({"step_lr": 0}, "step_lr = 0: a positive number"),
     ({"precision": "fp8"}, "precision = 'fp8': float32, tf32 or bf16"),
 ])
 def test_a_setting_that_is_not_allowed(settings, message):
@@ -2109,6 +2275,19 @@ def test_the_readmes_map_names_what_is_there():
             thing = getattr(thing, part)
     for name in set(names) - set(dotted):
         assert name in ReconstructionConfig.__dataclass_fields__, name
+
+
+def test_the_readmes_tables_are_the_files():
+    """Each table between marks is drawn anew from docs/results.jsonl; no study is left out."""
+    records = reconstruct.read_results(HERE / "docs" / "results.jsonl")
+    marked = dict(re.findall(r"<!-- study: ([\w-]+) -->\n(.*?)\n\n", README, re.S))
+    assert set(marked) == {r["study"] for r in records}
+    for study, shown in marked.items():
+        runs = [r for r in records if r["study"] == study]
+        assert shown == reconstruct.table(runs), study
+        # What the table hides has to be one and the same: no run twice, one machine's torch.
+        keys = [(r["network"], r["about"], tuple(map(str, r["config"].values()))) for r in runs]
+        assert len(set(keys)) == len(keys), study
 
 
 def test_the_readmes_links_files_and_flags_are_there():
