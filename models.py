@@ -1,4 +1,4 @@
-"""The networks and data that FlexRound is tried on: small ResNets, a MobileNetV2-like net, a GPT.
+"""The networks and data that FlexRound is tried on: ResNets, a MobileNetV2-like net, GPTs.
 
 Nothing here knows of quantization. The one thing that reconstruct.py asks of a network is .blocks,
 an ordered list of Tensor -> Tensor modules that, run one after the other, *are* the network:
@@ -12,10 +12,13 @@ Fold batch norm into the convolutions first (fold_batchnorm), as the paper does.
 Shapes at line ends: N images, C channels, H x W pixels; B sequences of T tokens, D channels.
 """
 import hashlib
+import json
 import os
 import platform
+import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,7 +43,79 @@ class Blocks(nn.Module):
         return x
 
 
-# ---- ResNets of basic blocks (He et al. 2016) ----------------------------------------------------
+# ---- Published weights ---------------------------------------------------------------------------
+
+# Where from, by the name in torch's hub cache, which holds how the file's SHA-256 begins: as these
+# files are called where they lie, but GPT-2's, whose hash is the one that its page states.
+PUBLISHED = {
+    "resnet20-12fca82f.th": "https://github.com/akamaster/pytorch_resnet_cifar10/raw/master/"
+                            "pretrained_models/resnet20-12fca82f.th",
+    "resnet18-f37072fd.pth": "https://download.pytorch.org/models/resnet18-f37072fd.pth",
+    "resnet50-0676ba61.pth": "https://download.pytorch.org/models/resnet50-0676ba61.pth",
+    "gpt2-7c5d3f4b.bin": "https://huggingface.co/openai-community/gpt2/resolve/"
+                         "607a30d783dfa663caf39e06633721c8d4cfcd7e/pytorch_model.bin",
+}
+
+
+def published(name: str) -> Path:
+    """A file of PUBLISHED, downloaded once, its hash checked. RuntimeError where that fails."""
+    path, url = Path(torch.hub.get_dir()) / "checkpoints" / name, PUBLISHED[name]
+    try:
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(url, str(path), re.search("-(.{8})", name)[1])
+    except OSError as error:
+        raise RuntimeError(f"could not download {url} ({error}): fetch it by hand and give its "
+                           "path") from error
+    return path
+
+
+def load_file(path) -> dict:
+    """The dict in a file of torch's (weights only: no code runs), of safetensors or of JSON, by
+    its suffix. ValueError: not readable."""
+    try:
+        if Path(path).suffix == ".json":
+            return dict(json.loads(Path(path).read_text(encoding="utf-8")))
+        if Path(path).suffix == ".safetensors":
+            from safetensors.torch import load_file as load_safetensors
+            return load_safetensors(path)
+        return dict(torch.load(path, map_location="cpu", weights_only=True))
+    except ImportError as error:
+        raise ImportError(f"{path} needs safetensors: pip install safetensors") from error
+    except FileNotFoundError:
+        raise
+    except Exception as error:                                       # torch raises many kinds
+        raise ValueError(f"{path}: truncated or not readable ({type(error).__name__})") from error
+
+
+@torch.no_grad()
+def fill(net: nn.Module, saved: dict[str, Tensor], name_of: Callable[[str], str], what: str,
+         transposed: tuple[str, ...] = ()) -> nn.Module:
+    """Copy the tensors of a file into net, in place; return net in eval mode.
+
+    By name, since published files have them in another order: name_of gives saved's key for one of
+    ours. What ends in `transposed` is the transpose of ours. `what` is for the errors, ValueError,
+    which name the first tensor that is missing, of another shape or without a place.
+    """
+    def tensors(state):                                              # counts are only for training
+        return {key: value for key, value in state.items() if isinstance(value, Tensor)
+                and not key.endswith("num_batches_tracked")}
+
+    saved = tensors(saved)
+    ours = {name_of(key): mine for key, mine in tensors(net.state_dict()).items()}
+    for name, mine in ours.items():
+        mine = mine.T if name.endswith(transposed) else mine         # a view: copy_ writes to net
+        if name not in saved or saved[name].shape != mine.shape:
+            found = f"has shape {tuple(saved[name].shape)}" if name in saved else "is missing"
+            raise ValueError(f"{what}: {name!r} {found}; {tuple(mine.shape)} is needed")
+        mine.copy_(saved[name])
+    for name, value in saved.items():
+        if name not in ours:
+            raise ValueError(f"{what}: {name!r}, {tuple(value.shape)}, has no place there")
+    return net.eval()
+
+
+# ---- ResNets (He et al. 2016) --------------------------------------------------------------------
 
 def conv_bn(c_in: int, c_out: int, kernel: int, stride: int = 1, groups: int = 1) -> nn.Sequential:
     """Convolution and batch norm, same-size padding."""
@@ -61,25 +136,45 @@ class PadShortcut(nn.Module):
         return F.pad(x, (0, 0, 0, 0, self.before, self.after))       # (N, c_out, H/s, W/s)
 
 
+def make_shortcut(kind: str, c_in: int, c_out: int, stride: int) -> nn.Module:
+    """Identity where shapes agree, else zero-padded ("pad") or a 1 x 1 convolution ("conv")."""
+    if kind not in ("pad", "conv"):
+        raise ValueError(f"shortcut = {kind!r}: 'pad' and 'conv' are allowed")
+    if stride == 1 and c_in == c_out:
+        return nn.Identity()
+    return (PadShortcut(c_in, c_out, stride) if kind == "pad" else
+            conv_bn(c_in, c_out, 1, stride))
+
+
 class BasicBlock(nn.Module):
-    """Two 3 x 3 convolutions and a shortcut: identity, zero-padded ("pad") or 1 x 1 ("conv")."""
+    """Two 3 x 3 convolutions and a shortcut."""
 
     def __init__(self, c_in: int, c_out: int, stride: int = 1, shortcut: str = "conv"):
         super().__init__()
         self.conv1 = conv_bn(c_in, c_out, 3, stride)
         self.conv2 = conv_bn(c_out, c_out, 3)
-        if stride == 1 and c_in == c_out:
-            self.shortcut = nn.Identity()
-        elif shortcut == "pad":
-            self.shortcut = PadShortcut(c_in, c_out, stride)
-        elif shortcut == "conv":
-            self.shortcut = conv_bn(c_in, c_out, 1, stride)
-        else:
-            raise ValueError(f"shortcut = {shortcut!r}: 'pad' and 'conv' are allowed")
+        self.shortcut = make_shortcut(shortcut, c_in, c_out, stride)
 
     def forward(self, x):
         y = self.conv2(F.relu(self.conv1(x)))                        # (N, c_out, H/s, W/s)
         return F.relu(y + self.shortcut(x))
+
+
+class Bottleneck(nn.Module):
+    """1 x 1 to a quarter of c_out, 3 x 3 there, 1 x 1 to c_out, and a shortcut. The stride is the
+    3 x 3's, as in torchvision; He et al. have it at the first 1 x 1."""
+
+    def __init__(self, c_in: int, c_out: int, stride: int = 1, shortcut: str = "conv"):
+        super().__init__()
+        self.conv1 = conv_bn(c_in, c_out // 4, 1)
+        self.conv2 = conv_bn(c_out // 4, c_out // 4, 3, stride)
+        self.conv3 = conv_bn(c_out // 4, c_out, 1)
+        self.shortcut = make_shortcut(shortcut, c_in, c_out, stride)
+
+    def forward(self, x):
+        y = F.relu(self.conv1(x))                                    # (N, c_out/4, H, W)
+        y = F.relu(self.conv2(y))                                    # (N, c_out/4, H/s, W/s)
+        return F.relu(self.conv3(y) + self.shortcut(x))              # (N, c_out, H/s, W/s)
 
 
 def classifier(channels: int, classes: int) -> nn.Sequential:
@@ -88,25 +183,35 @@ def classifier(channels: int, classes: int) -> nn.Sequential:
 
 
 class ResNet(Blocks):
-    """A ResNet for small images: a 3 x 3 stem, then stages of basic blocks, each halving H and W.
+    """A stem, then stages of blocks, `depth` in all or each; all stages but the first halve H and
+    W. The stem is a 3 x 3 convolution, or ImageNet's, 7 x 7 and max pooling: a quarter of H and W.
 
     ResNet(widths=(16, 32, 64), depth=3, shortcut="pad") is the CIFAR-10 ResNet-20.
     """
 
-    def __init__(self, widths=(16, 32, 64), depth: int = 3, shortcut: str = "conv",
-                 channels: int = 3, classes: int = 10):
-        blocks = [nn.Sequential(*conv_bn(channels, widths[0], 3), nn.ReLU())]
-        c_in = widths[0]
-        for stage, c_out in enumerate(widths):
+    def __init__(self, widths=(16, 32, 64), depth: int | tuple[int, ...] = 3,
+                 shortcut: str = "conv", channels: int = 3, classes: int = 10, block=BasicBlock,
+                 imagenet: bool = False):
+        depths = depth if isinstance(depth, tuple) else (depth,) * len(widths)
+        c_in = widths[0] // 4 if block is Bottleneck else widths[0]
+        stem = ([*conv_bn(channels, c_in, 7, 2), nn.ReLU(), nn.MaxPool2d(3, 2, 1)] if imagenet else
+                [*conv_bn(channels, c_in, 3), nn.ReLU()])
+        blocks, names = [nn.Sequential(*stem)], ["conv1"]            # names: in published files
+        for stage, (c_out, depth) in enumerate(zip(widths, depths, strict=True)):
             for i in range(depth):
                 stride = 2 if stage > 0 and i == 0 else 1
-                blocks.append(BasicBlock(c_in, c_out, stride, shortcut))
+                blocks.append(block(c_in, c_out, stride, shortcut))
+                names.append(f"layer{stage + 1}.{i}")
                 c_in = c_out
         super().__init__(*blocks, classifier(c_in, classes))
+        self.names = [*names, "fc"]
 
-
-RESNET20_URL = ("https://github.com/akamaster/pytorch_resnet_cifar10/raw/master/pretrained_models/"
-                "resnet20-12fca82f.th")
+    def published_name(self, key: str) -> str:
+        """blocks.3.conv2.1.bias is layer2.0.bn2.bias in torchvision's files, say."""
+        _, i, rest = key.split(".", 2)
+        name = f"{self.names[int(i)]}.{rest}".replace("shortcut", "downsample")
+        name = re.sub(r"conv(\d)\.(\d)", lambda m: ("conv", "bn")[int(m[2])] + m[1], name)
+        return name.replace("fc.2.", "fc.")
 
 
 def resnet20(path: str | os.PathLike | None = None) -> ResNet:
@@ -119,31 +224,27 @@ def resnet20(path: str | os.PathLike | None = None) -> ResNet:
         ValueError: a file that is not that checkpoint, naming the first tensor that is wrong.
         FileNotFoundError: no such file. RuntimeError: no path and no network.
     """
-    if path is None:
-        try:
-            path = Path(torch.hub.get_dir()) / "checkpoints" / "resnet20-12fca82f.th"
-            if not path.exists():
-                path.parent.mkdir(parents=True, exist_ok=True)
-                torch.hub.download_url_to_file(RESNET20_URL, str(path), hash_prefix="12fca82f")
-        except OSError as error:
-            raise RuntimeError(f"could not download {RESNET20_URL} ({error}): fetch it by hand and "
-                               "give its path") from error
-    net = ResNet(widths=(16, 32, 64), depth=3, shortcut="pad")
+    return _resnet("resnet20-12fca82f.th", path, ResNet(shortcut="pad"))
+
+
+def resnet18(path: str | os.PathLike | None = None) -> ResNet:
+    """torchvision's ResNet-18, IMAGENET1K_V1; path: resnet18-f37072fd.pth; else as resnet20."""
+    return _resnet("resnet18-f37072fd.pth", path, ResNet(
+        (64, 128, 256, 512), (2, 2, 2, 2), classes=1000, imagenet=True))
+
+
+def resnet50(path: str | os.PathLike | None = None) -> ResNet:
+    """torchvision's ResNet-50, IMAGENET1K_V1; path: resnet50-0676ba61.pth; else as resnet20."""
+    return _resnet("resnet50-0676ba61.pth", path, ResNet(
+        (256, 512, 1024, 2048), (3, 4, 6, 3), classes=1000, block=Bottleneck, imagenet=True))
+
+
+def _resnet(file: str, path, net: ResNet) -> ResNet:
+    path = published(file) if path is None else path
     saved = load_file(path)
-    saved = saved.get("state_dict", saved) if isinstance(saved, dict) else {}
-    # Both networks define the same layers in the same order under different names.
-    theirs = [(k, v) for k, v in saved.items()
-              if isinstance(v, Tensor) and not k.endswith("num_batches_tracked")]
-    ours = [(k, v) for k, v in net.state_dict().items() if not k.endswith("num_batches_tracked")]
-    if len(theirs) != len(ours):
-        raise ValueError(f"{path} holds {len(theirs)} tensors instead of {len(ours)}: it is not "
-                         "the CIFAR-10 ResNet-20")
-    for (key, value), (_, mine) in zip(theirs, ours, strict=True):
-        if value.shape != mine.shape:
-            raise ValueError(f"{path}: {key!r} has shape {tuple(value.shape)} instead of "
-                             f"{tuple(mine.shape)}: it is not the CIFAR-10 ResNet-20")
-        mine.copy_(value)
-    return net.eval()
+    saved = {key.removeprefix("module.").replace("linear.", "fc."): value    # akamaster's names
+             for key, value in saved.get("state_dict", saved).items()}
+    return fill(net, saved, net.published_name, f"{path} is not {file}")
 
 
 # ---- A MobileNetV2-like network (Sandler et al. 2018) --------------------------------------------
@@ -289,8 +390,8 @@ class GPT(Blocks):
 
     def __init__(self, vocabulary: int, context: int = 64, layers: int = 4, heads: int = 4,
                  width: int = 64):
-        if width % heads:
-            raise ValueError(f"width = {width} is not a multiple of heads = {heads}")
+        if heads < 1 or width % heads:
+            raise ValueError(f"heads = {heads}: a divisor of the width, {width}, is allowed")
         embeddings = Embeddings(vocabulary, context, width)
         super().__init__(embeddings, *(TransformerBlock(width, heads) for _ in range(layers)),
                          Head(embeddings.token))
@@ -305,6 +406,56 @@ class GPT(Blocks):
     @property
     def context(self) -> int:
         return self.blocks[0].position.num_embeddings
+
+
+# Ours on the left; on the right GPT-2's, of which all but the norms are Conv1D: (in, out) weights.
+GPT2_NAMES = {"norm1": "ln_1", "qkv": "attn.c_attn", "out": "attn.c_proj", "norm2": "ln_2",
+              "up": "mlp.c_fc", "down": "mlp.c_proj", "norm": "ln_f", "token": "wte",
+              "position": "wpe", "project": "wte"}                   # the head is tied
+
+
+def gpt2(path: str | os.PathLike | None = None, n_head: int | None = None) -> GPT:
+    """A network of the GPT-2 family with its published weights; the sizes are the tensors'.
+
+    Args:
+        path: pytorch_model.bin or model.safetensors of openai-community/gpt2, -medium, -large, -xl
+            or of another GPT-2; None downloads GPT-2 small once into torch's hub cache.
+        n_head: attention heads; None is n_head of a config.json beside the file, or width / 64.
+
+    Raises:
+        ValueError: a file that is not a GPT-2, naming key and shape, or heads that do not fit.
+        FileNotFoundError, RuntimeError: as resnet20. ImportError: no safetensors.
+    """
+    path = published("gpt2-7c5d3f4b.bin") if path is None else Path(path)
+    # Old files hold the causal mask, too. A head, where there is one, is the embedding again.
+    saved = {key.removeprefix("transformer."): value for key, value in load_file(path).items()
+             if not key.endswith((".attn.bias", ".attn.masked_bias"))}
+    shapes = [tuple(getattr(saved.get(key), "shape", ())) for key in ("wte.weight", "wpe.weight")]
+    if any(len(shape) != 2 for shape in shapes):
+        raise ValueError(f"{path} is not a GPT-2: 'wte.weight' and 'wpe.weight' have the shapes "
+                         f"{shapes}; two dimensions each are needed")
+    (vocabulary, width), (context, _) = shapes
+    if not torch.equal(saved.pop("lm_head.weight", saved["wte.weight"]), saved["wte.weight"]):
+        raise ValueError(f"{path}: 'lm_head.weight' is not 'wte.weight', {(vocabulary, width)}, as "
+                         "it is in GPT-2")
+    beside = path.with_name("config.json")
+    config = load_file(beside) if beside.exists() else {}
+    for key, ours in (("activation_function", "gelu_new"), ("layer_norm_epsilon", 1e-5)):
+        if config.get(key, ours) != ours:
+            raise ValueError(f"{beside}: {key} = {config[key]!r}: {ours!r} is allowed")
+    heads = config.get("n_head") if n_head is None else n_head
+    if heads is None and width % 64:
+        raise ValueError(f"{path}: width {width} is no multiple of 64: give n_head")
+    layers = {int(m[1]) for m in map(re.compile(r"h\.(\d+)\.").match, saved) if m}
+    net = GPT(vocabulary, context, len(layers) or 1, width // 64 if heads is None else heads, width)
+
+    def name_of(key):
+        _, i, part, kind = key.split(".")
+        inner = f"h.{int(i) - 1}." if 0 < int(i) < len(net.blocks) - 1 else ""
+        return f"{inner}{GPT2_NAMES[part]}.{kind}"
+
+    return fill(net, saved, name_of, f"{path} is not a GPT-2",
+                ("c_attn.weight", "c_proj.weight", "c_fc.weight"))
 
 
 # ---- Data ----------------------------------------------------------------------------------------
@@ -348,10 +499,88 @@ def cifar10(folder: str | os.PathLike, train: bool) -> tuple[Tensor, Tensor]:
             raise ValueError(f"{file}: {record.size} bytes is not a multiple of 3,073, a record")
         raw.append(record.reshape(-1, 3073))
     raw = torch.from_numpy(np.concatenate(raw))
+    return normalised(raw[:, 1:].reshape(-1, 3, 32, 32)), raw[:, 0].long()
+
+
+def normalised(raw: Tensor) -> Tensor:
+    """Bytes (..., 3, H, W) as floats, less ImageNet's mean, over its standard deviation."""
     mean = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
     std = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
-    x = raw[:, 1:].reshape(-1, 3, 32, 32).float().div_(255)
-    return x.sub_(mean).div_(std), raw[:, 0].long()
+    return raw.float().div_(255).sub_(mean).div_(std)
+
+
+def imagenet(folder: str | os.PathLike, part: str) -> tuple[list[tuple[Path, int]], list[str]]:
+    """The image files of folder/part (train or val), each with its class, for image_batches; and
+    the classes' names: a folder each, numbered in order. FileNotFoundError: not this layout."""
+    root = Path(folder) / part
+    classes = sorted(d for d in root.iterdir() if d.is_dir()) if root.is_dir() else []
+    files = [(file, label) for label, d in enumerate(classes) for file in sorted(d.iterdir())
+             if file.suffix.lower() in (".jpeg", ".jpg", ".png")]
+    if not files:
+        raise FileNotFoundError(f"no images in {root}/<class>/: {folder} must hold train and val "
+                                "with one folder a class, .jpeg, .jpg or .png files in each")
+    return files, [d.name for d in classes]
+
+
+def read_image(file: str | os.PathLike) -> Tensor:
+    """An image as torchvision's IMAGENET1K_V1 weights want it: the shorter side to 256 (bilinear,
+    antialiased), the centre 224 x 224, normalised: (3, 224, 224). ValueError: not readable."""
+    from PIL import Image
+    try:
+        with Image.open(file) as image:
+            image = image.convert("RGB")
+    except Exception as error:                                       # Pillow raises many kinds
+        raise ValueError(f"{file}: not a readable image ({type(error).__name__})") from error
+    w, h = (256 * side // min(image.size) for side in image.size)
+    left, top = round((w - 224) / 2), round((h - 224) / 2)
+    image = image.resize((w, h), Image.Resampling.BILINEAR).crop((left, top, left + 224, top + 224))
+    return normalised(torch.from_numpy(np.array(image)).permute(2, 0, 1))
+
+
+def image_batches(files: list[tuple[Path, int]], batch_size: int = 64, label: str = "images"
+                  ) -> Iterator[tuple[Tensor, Tensor]]:
+    """Images (N, 3, 224, 224) and labels (N,), a batch at a time (50,000 would be 30 GB), each
+    batch read by threads; with a progress bar."""
+    with ThreadPoolExecutor() as pool, tqdm(total=len(files), desc=label, disable=None) as bar:
+        for i in range(0, len(files), batch_size):
+            paths, labels = zip(*files[i:i + batch_size], strict=True)
+            yield torch.stack(list(pool.map(read_image, paths))), torch.tensor(labels)
+            bar.update(len(paths))
+
+
+def gpt2_tokens(string: str) -> Tensor:
+    """A text as GPT-2's tokens, (length,), by the optional package tiktoken."""
+    try:
+        import tiktoken
+        encoding = tiktoken.get_encoding("gpt2")
+    except Exception as error:                                       # of import, network or hash
+        raise RuntimeError("GPT-2's tokens need tiktoken (pip install tiktoken) and its vocabulary,"
+                           " which it downloads once or finds in the folder TIKTOKEN_CACHE_DIR: "
+                           f"{type(error).__name__}") from error
+    return torch.tensor(encoding.encode_ordinary(string))
+
+
+def wikitext2(folder: str | os.PathLike, split: str = "test") -> tuple[Tensor, Tensor, str]:
+    """WikiText-2 as GPT-2's tokens: what to calibrate on, what to score, and a line that says so.
+
+    folder holds wiki.test.raw, wiki.valid.raw and wiki.train.raw, or wikitext2.test.txt and so on.
+    Scored is test, with split "train" valid; calibrated is on train where it is there, else on
+    valid: where that is scored, on its first half, and then only the second is scored.
+    FileNotFoundError names what is missing.
+    """
+    folder = Path(folder)
+    found = {part: file for part in ("train", "valid", "test") for file in
+             (folder / f"wikitext2.{part}.txt", folder / f"wiki.{part}.raw") if file.exists()}
+    held, pool = "test" if split == "test" else "valid", "train" if "train" in found else "valid"
+    for part in (held, pool):
+        if part not in found:
+            raise FileNotFoundError(f"no wiki.{part}.raw and no wikitext2.{part}.txt in {folder}")
+    about = f"calibrated on {found[pool].name}, scored on {found[held].name}"
+    tokens = gpt2_tokens(text(found[pool]))
+    if pool == held:
+        half = len(tokens) // 2
+        return tokens[:half], tokens[half:], f"{about}, its first and second half"
+    return tokens, gpt2_tokens(text(found[held])), about
 
 
 def text(path: str | os.PathLike | None = None) -> str:
@@ -378,14 +607,19 @@ def fingerprint(string: str) -> str:
 # ---- Figures of merit ----------------------------------------------------------------------------
 
 @torch.no_grad()
-def accuracy(model: nn.Module, x: Tensor, y: Tensor, batch_size: int = 500) -> float:
+def accuracy(model: nn.Module, x: Tensor | Iterable, y: Tensor | None = None,
+             batch_size: int = 500) -> float:
     """Top-1 accuracy in percent on images x (N, C, H, W) with labels y (N,), which may lie on
-    another device than the model. Leaves the model in eval mode."""
+    another device than the model; or, without y, on the batches (images, labels) that x yields.
+    Leaves the model in eval mode."""
     model.eval()
-    device = next(model.parameters(), x).device
-    right = sum((model(xs.to(device)).argmax(1) == ys.to(device)).sum()
-                for xs, ys in zip(x.split(batch_size), y.split(batch_size), strict=True))
-    return 100 * float(right) / len(y)
+    right = count = 0
+    for xs, ys in (x if y is None else
+                   zip(x.split(batch_size), y.split(batch_size), strict=True)):
+        device = next(model.parameters(), xs).device
+        right += (model(xs.to(device)).argmax(1) == ys.to(device)).sum()
+        count += len(ys)
+    return 100 * float(right) / count
 
 
 @torch.no_grad()
@@ -410,16 +644,6 @@ def perplexity(model: nn.Module, tokens: Tensor, context: int, batch_size: int =
 
 
 # ---- Training the small networks, once -----------------------------------------------------------
-
-def load_file(path):
-    """torch.load, weights only, with one clear error for a file that is no checkpoint."""
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise
-    except Exception as error:                                       # torch raises many kinds
-        raise ValueError(f"{path}: not a readable checkpoint ({type(error).__name__})") from error
-
 
 def train(net: nn.Module, batches, loss_of, steps: int, lr: float, label: str) -> nn.Module:
     """AdamW with a one-cycle rate on loss_of(net, batches()), in place."""
@@ -507,23 +731,33 @@ def load_task(name: str, data=None, checkpoint=None, cache="cache", split: str =
     """One of the main job's networks, trained where it has to be.
 
     Args:
-        name: "resnet" or "mobilenet" (on digits), "resnet20" (CIFAR-10), "gpt" (3 layers, width 64,
-            on characters) or "shakespeare" (4 layers, width 128).
+        name: "resnet" or "mobilenet" (on digits), "resnet20" (CIFAR-10), "resnet18" or "resnet50"
+            (ImageNet), "gpt" (3 layers, width 64, on characters), "shakespeare" (4 layers, width
+            128) or "gpt2" (WikiText-2).
         data: resnet20 and, in place of digits, mobilenet: the folder of CIFAR-10's binary files;
-            the GPTs: a text file, where gpt takes Python's without one.
-        checkpoint: resnet20: its file, None downloads it.
+            resnet18, resnet50: see imagenet; gpt2: see wikitext2; the other GPTs: a text file,
+            where gpt takes Python's without one.
+        checkpoint: resnet20, resnet18, resnet50, gpt2: its file, None downloads it.
         cache: folder for the small networks once trained.
-        split: "test" scores test images, or the last 5 % of the text; "train" training images
-            that are not calibration, or the 5 % of text before: what settings are chosen on.
+        split: "test" scores test images (ImageNet's val), or the last 5 % of the text; "train"
+            training images that are not calibration (of ImageNet's 10,000 at most), or the 5 % of
+            text before: what settings are chosen on.
         samples: how many calibration inputs, drawn from the training data by seed; None is 1,024
             images (512 digits) or 128 sequences.
-        spread: of the ResNets, rescale the channels by it (see rescale).
+        spread: of resnet and resnet20, rescale the channels by it (see rescale).
 
     Raises:
         ValueError, OSError: unknown name, unusable data, or too few inputs for samples.
     """
     if split not in ("test", "train"):
         raise ValueError(f"split = {split!r}: 'test' and 'train' are allowed")
+    if spread != 1 and name not in ("resnet", "resnet20"):
+        raise ValueError(f"spread = {spread}: of resnet and resnet20 only, not of {name}")
+    needs = {"resnet20": "the folder of CIFAR-10's binary files", "resnet18": "ImageNet's folder",
+             "resnet50": "ImageNet's folder", "shakespeare": "a text file, tinyshakespeare.txt",
+             "gpt2": "the folder of WikiText-2's files"}
+    if data is None and name in needs:
+        raise ValueError(f"{name} needs {needs[name]} (--data)")
 
     def draw(n, default):
         count = default if samples is None else samples
@@ -532,11 +766,23 @@ def load_task(name: str, data=None, checkpoint=None, cache="cache", split: str =
         order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
         return order[:count], order[count:]
 
-    if spread != 1 and name not in ("resnet", "resnet20"):
-        raise ValueError(f"spread = {spread}: of resnet and resnet20 only, not of {name}")
+    def language_task(net, pool, held, batch_size, score_batch, about):
+        start, _ = draw(len(pool) - net.context, 128)
+        return Task(net, pool[start[:, None] + torch.arange(net.context)],
+                    lambda net: perplexity(net, held, net.context, score_batch), batch_size,
+                    f"{len(net.blocks) - 2} layers, width {net.blocks[0].token.embedding_dim}; "
+                    f"{about}; perplexity over the {split} split's "
+                    f"{(len(held) - 1) // net.context} windows of {net.context}")
+
+    if name == "gpt2":
+        pool, held, about = wikitext2(data, split)
+        net = gpt2(checkpoint)
+        most, least = net.blocks[0].token.num_embeddings, min(len(pool), len(held))
+        if least <= net.context or max(int(pool.max()), int(held.max())) >= most:
+            raise ValueError(f"{data}: {len(pool):,} and {len(held):,} tokens; more than "
+                             f"{net.context:,} each are needed, of a vocabulary of {most:,}")
+        return language_task(net, pool, held, 4, 1, about)           # a window's logits: 0.2 GB
     if name in ("gpt", "shakespeare"):
-        if name == "shakespeare" and data is None:
-            raise ValueError("shakespeare needs a text file, tinyshakespeare.txt (--data)")
         context, layers, width, steps = (64, 3, 64, 1000) if name == "gpt" else (128, 4, 128, 2500)
         string = text(data)
         tokens, vocabulary = characters(string)
@@ -549,18 +795,33 @@ def load_task(name: str, data=None, checkpoint=None, cache="cache", split: str =
         a, b = int(0.9 * len(tokens)), int(0.95 * len(tokens))
         trained(net, Path(cache) / f"{name}-{fingerprint(string)}.pt",
                 lambda net: train_gpt(net, tokens[:a], steps, label="training the GPT"))
-        start, _ = draw(a - net.context, 128)
-        held = tokens[b:] if split == "test" else tokens[a:b]
         source = (Path(data).name if data else
                   f"pydoc_data.topics of Python {platform.python_version()}")
-        return Task(net, tokens[start[:, None] + torch.arange(net.context)],
-                    lambda net: perplexity(net, held, net.context), 8,
-                    f"{layers} layers, width {width}; characters of {source}, "
-                    f"sha256 {fingerprint(string)}; perplexity over the {split} split's "
-                    f"{len(held) // net.context} windows of {net.context}")
+        return language_task(net, tokens[:a], tokens[b:] if split == "test" else tokens[a:b], 8, 32,
+                             f"characters of {source}, sha256 {fingerprint(string)}")
+
+    def image_task(net, calibration, score, count, source):
+        return Task(rescale(fold_batchnorm(net), spread), calibration, score, 32,
+                    f"{sum(p.numel() for p in net.parameters()):,} weights; {source}; "
+                    f"{f'channels rescaled by up to {spread:g}; ' if spread != 1 else ''}"
+                    f"accuracy on {count:,} {split} images")
+
+    if name in ("resnet18", "resnet50"):
+        files, classes = imagenet(data, "train")
+        index, rest = draw(len(files), 1024)
+        held = [files[i] for i in rest[:10_000]]
+        if split == "test":
+            held, others = imagenet(data, "val")
+            for odd in sorted(set(classes) ^ set(others)):
+                raise ValueError(f"{data}: {odd} is not a class folder of both train and val")
+        if len(classes) != 1000:
+            warnings.warn(f"{data} has {len(classes)} classes, the checkpoints 1,000 (ImageNet's): "
+                          "the accuracy says nothing", stacklevel=2)
+        net = (resnet18 if name == "resnet18" else resnet50)(checkpoint)
+        drawn = image_batches([files[i] for i in index], label="calibration images")
+        return image_task(net, torch.cat([x for x, _ in drawn]), lambda net: accuracy(
+            net, image_batches(held, label=f"{split} images")), len(held), "ImageNet")
     if name == "resnet20" or (name == "mobilenet" and data is not None):
-        if data is None:
-            raise ValueError("resnet20 needs the data folder with CIFAR-10's binary files (--data)")
         x, y = cifar10(data, train=True)
         x_test, y_test = cifar10(data, train=False) if split == "test" else (None, None)
         source, default = "CIFAR-10", 1024
@@ -582,12 +843,9 @@ def load_task(name: str, data=None, checkpoint=None, cache="cache", split: str =
                 lambda net: train_classifier(net, x, y, label=f"training the {name}"))
         source, default = "scikit-learn's digits", 512
     else:
-        raise ValueError(f"model = {name!r}: resnet, mobilenet, gpt and resnet20 are allowed")
+        raise ValueError(f"model = {name!r}: resnet, mobilenet, gpt, {', '.join(needs)} are "
+                         "allowed")
     index, rest = draw(len(x), default)
     if split == "train":
         x_test, y_test = x[rest], y[rest]
-    return Task(rescale(fold_batchnorm(net), spread), x[index],
-                lambda net: accuracy(net, x_test, y_test), 32,
-                f"{sum(p.numel() for p in net.parameters()):,} weights; {source}; "
-                f"{f'channels rescaled by up to {spread:g}; ' if spread != 1 else ''}"
-                f"accuracy on {len(y_test):,} {split} images")
+    return image_task(net, x[index], lambda net: accuracy(net, x_test, y_test), len(y_test), source)

@@ -103,7 +103,11 @@ class ReconstructionConfig:
     step_lr: float | None = None     # Adam's first rate of log step; None: STEP_LR of the setting
     end_bits: int | None = 8         # first layer of the first block, last of the last; None: bits
     layer_bits: dict = field(default_factory=dict)    # {"<block index>.<layer name>": bits}
-    cache_device: str | None = None  # where the cached activations live; None: where the blocks are
+    device: str | None = None        # where a block is computed: it is moved there for its turn and
+    #                                  back afterwards; None: where it lies
+    cache_device: str | None = None  # where the cached activations live; None: where blocks compute
+    cache_dtype: str | None = None   # theirs: float32, bfloat16 or float16 (up to 65,504); None:
+    #                                  the blocks' own. Integers (tokens) stay what they are
     precision: str = "float32"       # of matmuls and convolutions; tf32 and bf16 are for GPUs.
     #                                  The factors and Adam's moments are float32 whatever it is
     cuda_graph: bool = True          # on CUDA: record an iteration once a block and replay it
@@ -129,6 +133,8 @@ class ReconstructionConfig:
         if self.optimizer == "sgd" and self.lr is None and self.method != "rtn":
             raise ValueError("optimizer = 'sgd' needs an lr: the default rates are Adam's")
         check("precision", str, "float32, tf32 or bf16", lambda v: v in ("float32", "tf32", "bf16"))
+        check("cache_dtype", str | None, "None, float32, bfloat16 or float16",
+              lambda v: v in (None, "float32", "bfloat16", "float16"))
         for name in ("symmetric", "per_channel", "learn_s1", "use_s3_s4", "V_in_steps",
                      "cuda_graph"):
             check(name, bool, "True or False")
@@ -183,16 +189,29 @@ def block_loss(y: Tensor, y_fp: Tensor) -> Tensor:
     return F.mse_loss(y, y_fp) * y.shape[1 if y.dim() == 4 else -1]
 
 
+def dtype_in_cache(x: Tensor, cache_dtype: str | None) -> torch.dtype:
+    """Only floating tensors are cast: a GPT's inputs are integers."""
+    return getattr(torch, cache_dtype) if cache_dtype and x.is_floating_point() else x.dtype
+
+
+def fetch(x: Tensor, block: nn.Module, device, copy: bool = False) -> Tensor:
+    """A batch from the cache on the device, in the block's dtype where it is floating."""
+    dtype = next((p.dtype for p in block.parameters() if x.is_floating_point()), x.dtype)
+    return x.to(device, dtype, copy=copy)
+
+
 @torch.no_grad()
-def run(block: nn.Module, x: Tensor, batch_size: int, device, cache_device) -> Tensor:
-    """block(x) for all of x, a batch at a time; the result lies on cache_device."""
+def run(block: nn.Module, x: Tensor, batch_size: int, device, cache_device,
+        cache_dtype: str | None = None) -> Tensor:
+    """block(x) for all of x, a batch at a time; the result lies on cache_device, in cache_dtype."""
     out = None
     with parametrize.cached():                                       # quantize each weight once
         for i in range(0, len(x), batch_size):
             # A copy: a block may begin with an in-place ReLU, and x is used again.
-            y = block(x[i:i + batch_size].to(device, copy=True))
+            y = block(fetch(x[i:i + batch_size], block, device, copy=True))
             if out is None:
-                out = torch.empty(len(x), *y.shape[1:], dtype=y.dtype, device=cache_device)
+                out = torch.empty(len(x), *y.shape[1:], dtype=dtype_in_cache(y, cache_dtype),
+                                  device=cache_device)
             out[i:i + batch_size] = y
     return out
 
@@ -203,7 +222,8 @@ def evaluate(block: nn.Module, x: Tensor, y_fp: Tensor, batch_size: int, device)
     total = 0.0
     with parametrize.cached():
         for xs, ys in zip(x.split(batch_size), y_fp.split(batch_size), strict=True):
-            total += len(xs) * block_loss(block(xs.to(device, copy=True)), ys.to(device))
+            y = block(fetch(xs, block, device, copy=True))
+            total += len(xs) * block_loss(y, fetch(ys, block, device))
     return float(total) / len(x)
 
 
@@ -426,10 +446,10 @@ def _iterate(block, factors, steps, x_q, y_fp, x_fp, config, index, history):
     def iteration():
         for q in regularised + dropping:
             q.train()                                                # soft codes; dropping
-        x, y = (t.index_select(0, batch).to(device) for t in (x_q, y_fp))
+        x, y = (fetch(t.index_select(0, batch), block, device) for t in (x_q, y_fp))
         if config.drop > 0:                                          # QDrop, element by element
             full = torch.rand(x.shape, device=device) < config.drop
-            x = torch.where(full, x_fp.index_select(0, batch).to(device), x)
+            x = torch.where(full, fetch(x_fp.index_select(0, batch), block, device), x)
         with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16",
                             cache_enabled=False):
             y_hat = block(x)
@@ -528,10 +548,23 @@ def cache_bytes(blocks, calibration: Tensor, config: ReconstructionConfig) -> in
             raise ValueError(f"block {i} returns {type(x).__name__}"
                              f"{f' {tuple(x.shape)}' if isinstance(x, Tensor) else ''} for one "
                              "calibration input: a finite tensor with one row an input is needed")
-        sizes.append(x.numel() * x.element_size())
-    first = calibration[:1].numel() * calibration.element_size()
+        sizes.append(x.numel() * dtype_in_cache(x, config.cache_dtype).itemsize)
+    first = calibration[0].numel() * dtype_in_cache(calibration, config.cache_dtype).itemsize
     # At most x_fp and x_q, a block's inputs, and the same two of its outputs.
     return len(calibration) * max(2 * (a + b) for a, b in zip([first, *sizes], sizes, strict=False))
+
+
+@contextmanager
+def _on(block: nn.Module, device: str | None):
+    """Within, the block lies on the device (None: where it is); afterwards where it was."""
+    home = device_of([block])
+    if device is not None:
+        block.to(device)
+    try:
+        yield
+    finally:
+        if device is not None:
+            block.to(home)
 
 
 def quantize_model(blocks, calibration: Tensor, config: ReconstructionConfig) -> list[BlockReport]:
@@ -568,8 +601,11 @@ def quantize_model(blocks, calibration: Tensor, config: ReconstructionConfig) ->
         check_precision((p for block in blocks for p in block.parameters()), "the network")
     last = max(i for i, layers in enumerate(bits) if layers)         # nothing behind it is run
     size = cache_bytes(blocks[:last + 1], calibration, config)
-    device = device_of(blocks)
+    device = torch.device(config.device or device_of(blocks))
     cache = torch.device(config.cache_device or device)
+
+    def outputs(block, x):
+        return run(block, x, config.batch_size, device, cache, config.cache_dtype)
 
     abits = plan(blocks, config, inputs=True) if config.abits else None
     two_passes = bool(config.abits) and not config.joint and config.method != "rtn"
@@ -584,40 +620,41 @@ def quantize_model(blocks, calibration: Tensor, config: ReconstructionConfig) ->
     def place(i, x_q, weights, activations):
         """Put the quantizers of a block in place; its activations are seen before its weights'."""
         if activations:
-            quantize_inputs(blocks[i], x_q[:64].to(device), abits[i], config.symmetric, config.p,
-                            QDROP if config.joint else 0.0)
+            quantize_inputs(blocks[i], fetch(x_q[:64], blocks[i], device), abits[i],
+                            config.symmetric, config.p, QDROP if config.joint else 0.0)
         if weights:                                                  # all but what plan left out:
             skip = set(quantizable_layers(blocks[i])) - set(bits[i])     # tied elsewhere
             quantize_layers(blocks[i], config, bits[i], skip)
 
     def sweep(targets, weights, activations):
         """The loop at the head of this file. Each pass is one."""
-        x_fp = x_q = calibration.detach().to(cache)
+        x_fp = x_q = calibration.detach().to(cache, dtype_in_cache(calibration, config.cache_dtype))
         for i, block in enumerate(blocks[:last + 1]):
-            block.eval()
-            y_fp = run(targets[i].eval(), x_fp, config.batch_size, device, cache)
-            if not bits[i]:
-                untouched = x_q is x_fp                              # nothing quantized so far
-                x_q = y_fp if untouched else run(block, x_q, config.batch_size, device, cache)
-                x_fp = y_fp
-                continue
-            done = bar.n
+            with _on(targets[i].eval(), config.device):
+                y_fp = outputs(targets[i], x_fp)
+            with _on(block.eval(), config.device):
+                if not bits[i]:
+                    untouched = x_q is x_fp                          # nothing quantized so far
+                    x_q = y_fp if untouched else outputs(block, x_q)
+                    x_fp = y_fp
+                    continue
+                done = bar.n
 
-            def progress(iteration, loss, i=i, done=done):
-                bar.set_postfix_str(f"block {i}, loss {loss:.3g}", refresh=False)
-                bar.update(done + iteration - bar.n)
+                def progress(iteration, loss, i=i, done=done):
+                    bar.set_postfix_str(f"block {i}, loss {loss:.3g}", refresh=False)
+                    bar.update(done + iteration - bar.n)
 
-            try:
-                place(i, x_q, weights, activations)
-                x_fp = x_fp if config.drop > 0 else None             # else its memory is free
-                reports.append(reconstruct_block(block, x_q, y_fp, config, x_fp, i, progress))
-            except BaseException:
-                remove_input_quantizers(block)
-                if weights:
-                    fold(block, keep=False)
-                raise
-            if i < last:
-                x_fp, x_q = y_fp, run(block, x_q, config.batch_size, device, cache)
+                try:
+                    place(i, x_q, weights, activations)
+                    x_fp = x_fp if config.drop > 0 else None         # else its memory is free
+                    reports.append(reconstruct_block(block, x_q, y_fp, config, x_fp, i, progress))
+                except BaseException:
+                    remove_input_quantizers(block)
+                    if weights:
+                        fold(block, keep=False)
+                    raise
+                if i < last:
+                    x_fp, x_q = y_fp, outputs(block, x_q)
 
     with bar:
         if two_passes:
@@ -898,10 +935,12 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = flags.add_argument
     add("--model", nargs="+", default=["resnet", "mobilenet", "gpt"], metavar="NAME",
-        choices=["resnet", "mobilenet", "gpt", "resnet20", "shakespeare"],
+        choices=["resnet", "mobilenet", "gpt", "resnet20", "resnet18", "resnet50", "shakespeare",
+                 "gpt2"],
         help="resnet, mobilenet: small ones on scikit-learn's digits; gpt: a small one on "
-             "characters; resnet20: CIFAR-10's public checkpoint, needs --data; shakespeare: a "
-             "larger character GPT, needs --data")
+             "characters; shakespeare: a larger one; resnet20 (CIFAR-10), resnet18, resnet50 "
+             "(ImageNet), gpt2 (WikiText-2): public checkpoints. All but the first three need "
+             "--data")
     add("--method", nargs="+", default=list(NAMES), metavar="NAME", choices=list(NAMES),
         help=", ".join(NAMES))
     add("--bits", nargs="+", type=int, default=[3, 2], help="of a weight, 2 to 8; a row each")
@@ -922,8 +961,8 @@ def parser() -> argparse.ArgumentParser:
     add("--iterations", type=int, default=250, help="of the optimizer, for each block")
     add("--lr", type=float, help="first rate for all methods (default: each method's own)")
     add("--batch-size", type=int, help="inputs an iteration (default: 32 images or 8 sequences)")
-    add("--samples", type=int, help="calibration inputs (default: 512 digits, 1,024 images of "
-                                    "CIFAR-10, 128 sequences)")
+    add("--samples", type=int, help="calibration inputs (default: 512 digits, 1,024 other "
+                                    "images, 128 sequences)")
     add("--input-drop", type=float, default=0.0,
         help="share of a block's input taken from the full-precision network")
     add("--rescale", type=float, default=1.0, help="resnet, resnet20: multiply channels by up to "
@@ -935,9 +974,13 @@ def parser() -> argparse.ArgumentParser:
              "validation text")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, ...")
     add("--cache-device", help="where cached activations live (default: --device)")
+    add("--cache-dtype", help="of cached activations: float32, bfloat16 or float16 (default: as "
+                              "computed)")
     add("--data", help="resnet20, mobilenet (in place of digits): folder of CIFAR-10's binary "
-                       "files; gpt, shakespeare: a text file")
-    add("--checkpoint", help="resnet20-12fca82f.th (default: downloaded)")
+        "files; resnet18, resnet50: folder with ImageNet's train and val; gpt2: folder of "
+        "WikiText-2's wiki.*.raw; gpt, shakespeare: a text file")
+    add("--checkpoint", help="file of resnet20's, resnet18's, resnet50's or gpt2's weights "
+                             "(default: downloaded)")
     add("--save", metavar="FILE", help="write the integers (one model, one method, one --bits)")
     add("--load", metavar="FILE", help="score a file of --save instead of quantizing (one model)")
     add("--precision", default="float32", help="of matmuls and convolutions while learning: "
@@ -952,9 +995,10 @@ def parser() -> argparse.ArgumentParser:
 
 def proof(net: nn.Module, task) -> str:
     """The score to the last digit, and a hash of the logits on the calibration inputs."""
-    logits = run(net.eval(), task.calibration, task.batch_size, device_of([net]), "cpu")
-    return (f"score {task.score(net)!r}, sha256 of the logits "
-            f"{hashlib.sha256(logits.numpy().tobytes()).hexdigest()[:16]}")
+    digest = hashlib.sha256()
+    for x in task.calibration.split(task.batch_size):                # GPT-2's would be gigabytes
+        digest.update(run(net.eval(), x, len(x), device_of([net]), "cpu").numpy().tobytes())
+    return f"score {task.score(net)!r}, sha256 of the logits {digest.hexdigest()[:16]}"
 
 
 def one_run(name: str, task, config: ReconstructionConfig, full: float):
@@ -963,6 +1007,7 @@ def one_run(name: str, task, config: ReconstructionConfig, full: float):
     began = time.perf_counter()
     reports = quantize_model(net.blocks, task.calibration, config)
     seconds = time.perf_counter() - began
+    net.to(config.device or device_of([net]))                        # whole, for the score
     moved, ratios = [], []
     for layer, q in quantizers(net).items():
         W = net.get_submodule(layer).parametrizations.weight.original
@@ -970,12 +1015,14 @@ def one_run(name: str, task, config: ReconstructionConfig, full: float):
         start = search_range(W, q.bits, q.symmetric, q.per_channel, config.p)[0]
         ratios.append(float((q.log_s1 - start).exp().median()))
     moved = torch.cat(moved)
+    with parametrize.cached():                                       # quantize each weight once
+        score = task.score(net)
     device = device_of([net])
     machine = (torch.cuda.get_device_name(device) if device.type == "cuda" else
                f"{platform.machine()}, {torch.get_num_threads()} threads")
     return net, {
         "network": name, "about": task.about, "config": asdict(config), "full": full,
-        "score": task.score(net), "loss": reports[-1].final_loss, "seconds": round(seconds, 1),
+        "score": score, "loss": reports[-1].final_loss, "seconds": round(seconds, 1),
         "kept_last": sum(r.best_iteration == config.iterations for r in reports) / len(reports),
         "block_seconds": [round(r.seconds, 2) for r in reports],
         "moved": [float((moved >= steps).float().mean()) for steps in (1, 2)],
@@ -987,7 +1034,8 @@ def same_run(record: dict, study: str, name: str, about: str, config: Reconstruc
     """Whether a record is of this run. Settings that came later had their defaults."""
     then = ReconstructionConfig(**record["config"])
     return (record["study"], record["network"], record["about"]) == (study, name, about) and \
-        replace(then, cache_device=None) == replace(config, cache_device=None)
+        replace(then, device=None, cache_device=None) == replace(config, device=None,
+                                                                 cache_device=None)
 
 
 def read_results(path) -> list[dict]:
@@ -1009,7 +1057,8 @@ def table(records: list[dict]) -> str:
     for config in (r["config"] for r in records):
         for key, value in config.items():
             seen.setdefault((config["method"], key), set()).add(str(value))
-    hidden = ("method", "bits", "abits", "seed", "batch_size", "cache_device", "layer_bits")
+    hidden = ("method", "bits", "abits", "seed", "batch_size", "device", "cache_device",
+              "layer_bits")
     cells, rows, columns = {}, {}, {}
     for record in records:
         config = record["config"]
@@ -1040,6 +1089,18 @@ def table(records: list[dict]) -> str:
     return "\n".join([head, rule, *body])
 
 
+def peak_memory(device: str) -> str:
+    """The most memory that this process has used so far: a GPU's as torch counts it, else RAM."""
+    if torch.device(device).type == "cuda":
+        return f"{torch.cuda.max_memory_allocated(device) / 1e6:,.0f} MB on {device}"
+    try:
+        import resource
+    except ImportError:                                              # Windows
+        return "unknown"
+    unit = 1 if sys.platform == "darwin" else 1024                   # bytes there, else kilobytes
+    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6:,.0f} MB of RAM"
+
+
 def main(arguments=None) -> None:
     """Quantize each network at each number of bits with each method and seed; print the table."""
     import models
@@ -1051,7 +1112,8 @@ def main(arguments=None) -> None:
         optimizer=args.optimizer, seed=seed, abits=args.abits, setting=args.setting,
         step_lr=args.step_lr, lr=None if method == "rtn" else args.lr or
         (DEFAULT_LR[method] if args.optimizer == "adam" else None), input_drop=args.input_drop,
-        end_bits=args.end_bits or None, cache_device=args.cache_device, precision=args.precision)
+        end_bits=args.end_bits or None, cache_device=args.cache_device, precision=args.precision,
+        device=args.device, cache_dtype=args.cache_dtype)
         for bits in args.bits for method in args.method for seed in args.seed]
     if args.time:
         return print_times(models, args.device, args.precision)
@@ -1076,18 +1138,19 @@ def main(arguments=None) -> None:
     print(f"{grid} grid, p = {args.p}, {args.iterations} iterations a block, seed "
           f"{', '.join(map(str, args.seed))}; torch {torch.__version__} on {args.device}, "
           f"{torch.get_num_threads()} threads, {platform.machine()}")
-    for task in tasks.values():
-        task.net.to(args.device)
     full = {}
     for name in args.model:
         task = tasks[name, args.seed[0]]
-        full[name] = task.score(task.net)
+        full[name] = task.score(task.net.to(args.device))
+        task.net.cpu()                                               # from now on block by block
         bits = {f"{i}.{n}": b for i, layers in enumerate(plan(task.net.blocks, configs[0]))
                 for n, b in layers.items()}
         ends = [n for n, b in bits.items() if args.end_bits and b == args.end_bits]
+        last = int(list(bits)[-1].split(".")[0])                     # nothing behind it is cached
         print(f"{name}: {task.about}; {len(bits)} layers, at {args.end_bits} bits {ends}; "
               f"{len(task.calibration)} calibration inputs, cached activations at most "
-              f"{cache_bytes(task.net.blocks, task.calibration, configs[0]) / 1e6:,.1f} MB")
+              f"{cache_bytes(task.net.blocks[:last + 1], task.calibration, configs[0]) / 1e6:,.1f}"
+              " MB")
     records = []
     earlier = read_results(args.results) if args.study else []
     for name in args.model:
@@ -1110,12 +1173,15 @@ def main(arguments=None) -> None:
             if args.study:                                           # a line is written whole
                 with open(args.results, "a") as out:
                     out.write(json.dumps({"study": args.study, **record}) + "\n")
-            print(f"{row} {about}: {record['score']:.2f} ({record['seconds']:.0f} s)", flush=True)
+            took = record["block_seconds"]
+            print(f"{row} {about}: {record['score']:.2f} ({record['seconds']:.0f} s; a block "
+                  f"{statistics.median(took):.1f}, at most {max(took):.1f})", flush=True)
             if args.save:
                 print(f"{args.save}: {save_quantized(net, args.save):,} bytes, in float32 "
                       f"{sum(4 * p.numel() for p in task.net.parameters()):,}; {proof(net, task)}")
     if records:
         print(f"\n{table(records)}")
+    print(f"\nPeak memory: {peak_memory(args.device)}")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ No test needs the network, a GPU or ../shared: what is not there is skipped, wit
 Expected values are literals, or are computed a second way, by the loops in numpy below.
 """
 import copy
+import importlib.util
 import os
 import re
 import subprocess
@@ -12,6 +13,7 @@ import time
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -1082,6 +1084,46 @@ def test_the_size_of_the_cache_is_known_beforehand():
     assert reconstruct.cache_bytes(net.blocks, x, QUICK) == 2 * 16 * (4 + 4) * 64 * 4
 
 
+@pytest.mark.parametrize("name", ["resnet conv", "gpt"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_what_is_cached_can_be_half_as_large(name, dtype, monkeypatch):
+    net, x, _ = tiny(name)
+    # At 8 bits bfloat16's own error, 8 bits too, would be most of the loss.
+    config, seen = replace(QUICK, cache_dtype=dtype, input_drop=0.5, end_bits=None), []
+    size, half = (reconstruct.cache_bytes(net.blocks[:3], x, c) for c in (QUICK, config))
+    assert half == size / 2                                          # no integers at the widest
+    whole = quantize_model(copy.deepcopy(net).blocks, x, replace(config, cache_dtype=None))
+
+    def watched(block, x_q, y_fp, config, x_fp, *rest):
+        seen.extend((x_q.dtype, y_fp.dtype, x_fp.dtype))
+        return reconstruct_block(block, x_q, y_fp, config, x_fp, *rest)
+
+    monkeypatch.setattr(reconstruct, "reconstruct_block", watched)
+    reports = quantize_model(net.blocks, x, config)
+    assert set(seen) == {getattr(torch, dtype)}
+    assert {p.dtype for p in net.parameters()} == {torch.float32}
+    for a, b in zip(reports, whole, strict=True):                    # start and end, near float32's
+        assert a.start_loss == pytest.approx(b.start_loss, rel=0.1)
+        assert a.final_loss == pytest.approx(b.final_loss, rel=0.3) and a.final_loss != b.final_loss
+
+
+def test_one_block_at_a_time_is_moved_to_the_device_and_back(monkeypatch):
+    net, x, _ = tiny("resnet conv")
+    moves, to = [], nn.Module.to
+    places = {id(block): i for i, block in enumerate(net.blocks)}
+
+    def watched(module, device):
+        moves.append((places[id(module)], str(device)))
+        return to(module, device)
+
+    monkeypatch.setattr(nn.Module, "to", watched)
+    quantize_model(net.blocks, x, replace(QUICK, method="rtn"))
+    assert moves == []                                               # blocks stay where they are
+    quantize_model(fold(net).blocks, x, replace(QUICK, method="rtn", device="cpu"))
+    there_and_back = [(0, "cpu"), (0, "cpu")]                        # for the target, to learn
+    assert moves == [(i, device) for i in range(4) for _, device in 2 * there_and_back]
+
+
 @pytest.mark.parametrize("name", ["resnet conv", "resnet pad", "mobilenet"])
 def test_folding_batch_norm_changes_no_output(name):
     torch.manual_seed(0)
@@ -1183,7 +1225,7 @@ def test_the_resnet20_checkpoint_is_read_and_others_are_refused(tmp_path):
     with pytest.raises(ValueError, match=wrong):
         models.resnet20(tmp_path / "shape.th")
     torch.save({"a": torch.zeros(1)}, tmp_path / "other.th")
-    with pytest.raises(ValueError, match="holds 1 tensors"):
+    with pytest.raises(ValueError, match=r"'conv1.weight' is missing; \(16, 3, 3, 3\) is needed"):
         models.resnet20(tmp_path / "other.th")
     (tmp_path / "cut.th").write_bytes((tmp_path / "good.th").read_bytes()[:1000])
     with pytest.raises(ValueError, match="cut.th"):
@@ -1192,14 +1234,225 @@ def test_the_resnet20_checkpoint_is_read_and_others_are_refused(tmp_path):
         models.resnet20(tmp_path / "none.th")
 
 
-def test_no_network_gives_one_clear_error(tmp_path, monkeypatch):
-    def refuse(*args, **kwargs):
+@pytest.mark.parametrize("name, file", [
+    ("resnet20", "resnet20-12fca82f.th"), ("resnet18", "resnet18-f37072fd.pth"),
+    ("resnet50", "resnet50-0676ba61.pth"), ("gpt2", "gpt2-7c5d3f4b.bin")])
+def test_a_download_and_no_network(name, file, tmp_path, monkeypatch):
+    def refuse(url, path, prefix):
+        assert Path(path).name == file and prefix in file and len(prefix) == 8
         raise OSError("no route to host")
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    with pytest.raises(RuntimeError, match="could not download .*resnet20-12fca82f.th"):
-        models.resnet20()
+    with pytest.raises(RuntimeError, match=r"could not download https://\S+ \(no route to host\)"):
+        getattr(models, name)()
+    (tmp_path / "checkpoints" / file).write_bytes(b"once downloaded")    # is read, not fetched
+    with pytest.raises(ValueError, match=f"{file}: truncated or not readable"):
+        getattr(models, name)()
+
+
+# What torchvision documents, or is seen in its files: tensors (without num_batches_tracked, which
+# the oldest lack), parameters, the strides of a block that halves, and some names and shapes.
+IMAGENET = {
+    "resnet18": (102, 11_689_512, [2, 1], {
+        "conv1.weight": (64, 3, 7, 7), "bn1.running_mean": (64,), "fc.bias": (1000,),
+        "layer1.0.conv1.weight": (64, 64, 3, 3), "layer2.0.downsample.0.weight": (128, 64, 1, 1),
+        "layer4.1.bn2.running_var": (512,), "fc.weight": (1000, 512)}),
+    "resnet50": (267, 25_557_032, [1, 2, 1], {
+        "conv1.weight": (64, 3, 7, 7), "layer1.0.conv1.weight": (64, 64, 1, 1),
+        "layer1.0.conv3.weight": (256, 64, 1, 1), "layer1.0.downsample.1.bias": (256,),
+        "layer3.5.conv2.weight": (256, 256, 3, 3), "layer4.2.bn3.weight": (2048,),
+        "fc.weight": (1000, 2048)}),
+}
+
+
+def imagenet_checkpoint(name, folder, monkeypatch):
+    """A file as torchvision's, its values random; and the network that holds these."""
+    nets = []
+    monkeypatch.setattr(models, "fill", lambda net, *rest: nets.append(net))
+    torch.save({}, folder / "empty.pth")
+    getattr(models, name)(folder / "empty.pth")
+    monkeypatch.undo()
+    net = restless(nets[0])
+    torch.save({net.published_name(key): value for key, value in net.state_dict().items()
+                if "num_batches" not in key}, folder / f"{name}.pth")
+    return net, folder / f"{name}.pth"
+
+
+def restless(net):
+    """In eval mode, with a batch norm that does something and no two alike."""
+    for m in net.eval().modules():
+        if isinstance(m, nn.BatchNorm2d):
+            for t in (m.weight, m.running_var):
+                nn.init.uniform_(t, 0.5, 1.5)
+            for t in (m.bias, m.running_mean):
+                nn.init.normal_(t, std=0.1)
+    return net
+
+
+@pytest.mark.parametrize("name", IMAGENET)
+def test_the_imagenet_resnets_have_the_published_tensors(name, tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    source, path = imagenet_checkpoint(name, tmp_path, monkeypatch)
+    saved = torch.load(path)
+    tensors, parameters, strides, some = IMAGENET[name]
+    assert len(saved) == tensors and {k: tuple(saved[k].shape) for k in some} == some
+    torch.save(dict(sorted(saved.items(), reverse=True)), path)      # their order does not matter
+    net = getattr(models, name)(path)
+    assert sum(p.numel() for p in net.parameters()) == parameters and not net.training
+    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), source.parameters(),
+                                                 strict=True))
+    halving = [b for b in net.blocks[1:-1] if not isinstance(b.shortcut, nn.Identity)][-1]
+    convs = [m for child, m in halving.named_children() if "conv" in child]
+    assert [conv[0].stride[0] for conv in convs] == strides
+    assert net.blocks[0](torch.zeros(1, 3, 224, 224)).shape == (1, 64, 56, 56)
+    value = saved.pop("layer4.0.bn1.running_mean")
+    for wrong, message in (({}, "'layer4.0.bn1.running_mean' is missing; .*is needed"),
+                           ({"layer4.0.bn1.running_mean": value[:7]}, r"has shape \(7,\); "),
+                           ({"layer4.0.bn1.running_mean": value, "layer5.x": value[:3]},
+                            r"'layer5.x', \(3,\), has no place")):
+        torch.save({**saved, **wrong}, path)
+        with pytest.raises(ValueError, match=message):
+            getattr(models, name)(path)
+
+
+def import_torchvision():
+    """torchvision, or None where it is not installed. Its networks are plain Python, but without a
+    build for this torch (there is none for the CPU) its import misses two operators: declared."""
+    if importlib.util.find_spec("torchvision") is None:
+        return None
+    try:
+        return importlib.import_module("torchvision")
+    except RuntimeError:
+        library = torch.library.Library("torchvision", "FRAGMENT")
+        for name in ("nms", "qnms"):
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        DECLARED.append(library)                                     # it ends with its object
+        return importlib.import_module("torchvision")
+
+
+DECLARED = []
+
+
+@pytest.fixture
+def torchvision():
+    return import_torchvision() or pytest.skip("torchvision is not installed")
+
+
+def relative(ours, theirs):
+    """The largest difference, relative to the largest output."""
+    return float((ours - theirs).abs().max() / theirs.abs().max())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", IMAGENET)
+def test_our_resnets_compute_what_torchvisions_do(name, tmp_path, torchvision):
+    torch.manual_seed(0)
+    theirs = restless(getattr(torchvision.models, name)())
+    torch.save(theirs.state_dict(), tmp_path / "theirs.pth")
+    ours, x = getattr(models, name)(tmp_path / "theirs.pth"), torch.randn(2, 3, 224, 224)
+    error, folded = relative(ours(x), theirs(x)), relative(models.fold_batchnorm(ours)(x),
+                                                           theirs(x))
+    print(f"{name}: relative difference {error:.1e}, with batch norm folded {folded:.1e}")
+    assert error < 1e-4 and folded < 1e-4
+
+
+def test_our_preprocessing_is_torchvisions(tmp_path, torchvision):
+    image_module = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
+    pixels = np.random.default_rng(0).integers(0, 256, (333, 401, 3), dtype=np.uint8)
+    image = image_module.fromarray(pixels)
+    for i, picture in enumerate((image, image.transpose(2), image.resize((100, 90)))):
+        picture.save(tmp_path / f"{i}.png")
+        theirs = torchvision.models.ResNet18_Weights.IMAGENET1K_V1.transforms()(picture)
+        assert relative(models.read_image(tmp_path / f"{i}.png"), theirs) < 1e-6
+
+
+def gpt2_checkpoint(net, prefix="transformer."):
+    """The state of our GPT under GPT-2's names, its linear weights (in, out)."""
+    names = {"norm1": "ln_1", "qkv": "attn.c_attn", "out": "attn.c_proj", "norm2": "ln_2",
+             "up": "mlp.c_fc", "down": "mlp.c_proj"}
+    first, *inner, last = net.blocks
+    state = {"wte.weight": first.token.weight, "wpe.weight": first.position.weight,
+             "ln_f.weight": last.norm.weight, "ln_f.bias": last.norm.bias}
+    for i, block in enumerate(inner):
+        state[f"h.{i}.attn.bias"] = torch.ones(1, 1, 8, 8).tril()
+        for key, value in block.named_parameters():
+            part, kind = key.split(".")
+            state[f"h.{i}.{names[part]}.{kind}"] = (value.T.contiguous() if value.dim() == 2
+                                                    else value)
+    return {prefix + key: value.detach() for key, value in state.items()}
+
+
+def test_a_gpt2_checkpoint_is_read_and_others_are_refused(tmp_path):
+    torch.manual_seed(0)
+    net = models.GPT(61, context=16, layers=2, heads=2, width=128).eval()
+    tokens, path = torch.randint(0, 61, (3, 16)), tmp_path / "gpt2.bin"
+    for prefix in ("", "transformer."):
+        good = gpt2_checkpoint(net, prefix)
+        torch.save({**good, "lm_head.weight": good[f"{prefix}wte.weight"]}, path)
+        again = models.gpt2(path)
+        assert torch.equal(again(tokens), net(tokens)) and not again.training
+        assert again.blocks[-1].project.weight is again.blocks[0].token.weight
+    assert models.gpt2(path, n_head=4).blocks[1].heads == 4
+    (tmp_path / "config.json").write_text('{"n_head": 8}')
+    assert models.gpt2(path).blocks[1].heads == 8 and models.gpt2(path, 4).blocks[1].heads == 4
+    for config, message in (("{", "config.json: truncated or not readable"),
+                            ('{"activation_function": "relu"}', "'relu': 'gelu_new' is allowed"),
+                            ('{"n_head": 7}', "heads = 7: a divisor of the width, 128")):
+        (tmp_path / "config.json").write_text(config)
+        with pytest.raises(ValueError, match=message):
+            models.gpt2(path)
+    (tmp_path / "config.json").unlink()
+
+    key = "transformer.h.1.mlp.c_fc.weight"
+    for wrong, message in (({key: good[key].T}, r"'h.1.mlp.c_fc.weight' has shape \(512, 128\); "
+                                                r"\(128, 512\) is needed"),
+                           ({"lm_head.weight": torch.zeros(61, 128)}, "'lm_head.weight' is not"),
+                           ({"score.weight": torch.zeros(2, 128)}, r"'score.weight', \(2, 128\)"),
+                           ({"transformer.wpe.weight": torch.zeros(16)}, r"\(61, 128\), \(16,\)")):
+        torch.save({**good, **wrong}, path)
+        with pytest.raises(ValueError, match=message):
+            models.gpt2(path)
+    del good[key]
+    torch.save(good, path)
+    with pytest.raises(ValueError, match="'h.1.mlp.c_fc.weight' is missing"):
+        models.gpt2(path)
+    torch.save(gpt2_checkpoint(models.GPT(61, 16, 1, 1, 96)), path)
+    with pytest.raises(ValueError, match="width 96 is no multiple of 64: give n_head"):
+        models.gpt2(path)
+    torch.save([1, 2], path)
+    with pytest.raises(ValueError, match="gpt2.bin: truncated or not readable"):
+        models.gpt2(path)
+
+
+def test_gpt2_small_has_the_published_size():
+    with torch.device("meta"):
+        net = models.GPT(50257, 1024, 12, 12, 768)
+    assert sum(p.numel() for p in net.parameters()) == 124_439_808
+    assert len([k for k in gpt2_checkpoint(net) if not k.endswith(".attn.bias")]) == 148
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("heads, told", [(2, "width / 64"), (4, "n_head"), (8, "config.json")])
+def test_our_gpt2_computes_what_transformers_does(heads, told, tmp_path):
+    import_torchvision()                                             # transformers imports it
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    torch.manual_seed(0)
+    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(
+        vocab_size=97, n_positions=32, n_embd=128, n_layer=3, n_head=heads, bos_token_id=0,
+        eos_token_id=0)).eval()
+    for p in theirs.parameters():                                    # biases and norms, too
+        p.add_(0.05 * torch.randn(p.shape))
+    if told == "config.json":
+        theirs.save_pretrained(tmp_path)                             # model.safetensors beside it
+        ours = models.gpt2(tmp_path / "model.safetensors")
+    else:
+        torch.save(theirs.state_dict(), tmp_path / "model.bin")
+        ours = models.gpt2(tmp_path / "model.bin", heads if told == "n_head" else None)
+    tokens = torch.randint(0, 97, (3, 32))
+    error = relative(ours(tokens), theirs(tokens).logits)
+    print(f"GPT-2, {heads} heads by {told}: relative difference {error:.1e}")
+    assert error < 1e-4
 
 
 def test_cifar10_is_read_from_its_binary_files(tmp_path):
@@ -1218,6 +1471,129 @@ def test_cifar10_is_read_from_its_binary_files(tmp_path):
     (tmp_path / "test_batch.bin").write_bytes(record.tobytes()[:-1])
     with pytest.raises(ValueError, match="9218 bytes"):
         models.cifar10(tmp_path, train=False)
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """ImageNet's layout in small: two classes, three images each to train on, two to score."""
+    image_module = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
+    generator = np.random.default_rng(0)
+    for part, count in (("train", 3), ("val", 2)):
+        for name in ("n01", "n02"):
+            (tmp_path / part / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = generator.integers(0, 256, (40 + 8 * i, 56, 3), dtype=np.uint8)
+                kind = "png" if i else "JPEG"
+                image_module.fromarray(pixels).save(tmp_path / part / name / f"{i}.{kind}")
+    (tmp_path / "train" / "notes.txt").touch()
+    return tmp_path
+
+
+def test_imagenet_is_read_from_its_folders(photos):
+    from PIL import Image
+    files, classes = models.imagenet(photos, "val")
+    assert classes == ["n01", "n02"] and [label for _, label in files] == [0, 0, 1, 1]
+    batches = list(models.image_batches(files, batch_size=3))
+    assert [tuple(x.shape) for x, _ in batches] == [(3, 3, 224, 224), (1, 3, 224, 224)]
+    assert torch.equal(batches[1][0][0], models.read_image(files[3][0]))
+    assert torch.cat([y for _, y in batches]).tolist() == [0, 0, 1, 1]
+    # 512 x 256 is not resized: the crop starts at row 16, column 144.
+    pixels = np.zeros((256, 512, 3), np.uint8)
+    pixels[16, 144] = 255, 51, 0
+    Image.fromarray(pixels).save(photos / "one.png")
+    x = models.read_image(photos / "one.png")
+    assert x[:, 0, 0].tolist() == pytest.approx([(1 - 0.485) / 0.229, (0.2 - 0.456) / 0.224,
+                                                 -0.406 / 0.225], rel=1e-5)
+    assert (x[0] > 0).sum() == 1
+    Image.fromarray(pixels[..., 0]).save(photos / "grey.png")        # one channel
+    assert models.read_image(photos / "grey.png").shape == (3, 224, 224)
+    (photos / "val" / "n02" / "2.jpg").write_bytes(files[0][0].read_bytes()[:300])
+    with pytest.raises(ValueError, match=r"n02/2.jpg: not a readable image"):
+        list(models.image_batches(models.imagenet(photos, "val")[0]))
+    for folder in (photos / "val", photos / "nowhere"):
+        with pytest.raises(FileNotFoundError, match="must hold train and val"):
+            models.imagenet(folder, "train")
+    (photos / "val" / "n02").rename(photos / "val" / "n03")
+    with pytest.raises(ValueError, match="n02 is not a class folder of both train and val"):
+        models.load_task("resnet18", photos, samples=2)
+
+
+def fake_tiktoken(monkeypatch, get_encoding=None):
+    """Characters instead of tokens."""
+    def encoding(name):
+        assert name == "gpt2"
+        return SimpleNamespace(encode_ordinary=lambda string: [ord(c) % 61 for c in string])
+
+    monkeypatch.setitem(sys.modules, "tiktoken",
+                        SimpleNamespace(get_encoding=get_encoding or encoding))
+
+
+def test_wikitext2_and_what_is_scored(tmp_path, monkeypatch):
+    fake_tiktoken(monkeypatch)
+    (tmp_path / "wikitext2.test.txt").write_text("ccc")
+    with pytest.raises(FileNotFoundError, match="no wiki.valid.raw and no wikitext2.valid.txt in"):
+        models.wikitext2(tmp_path)
+    (tmp_path / "wiki.valid.raw").write_text("aabb")
+    a, b, c, d = (ord(letter) % 61 for letter in "abcd")
+
+    def tokens(split):
+        pool, held, about = models.wikitext2(tmp_path, split)
+        return pool.tolist(), held.tolist(), about
+
+    said = "calibrated on wiki.valid.raw, scored on "
+    assert tokens("test") == ([a, a, b, b], [c, c, c], f"{said}wikitext2.test.txt")
+    assert tokens("train") == ([a, a], [b, b],                       # never the same tokens
+                               f"{said}wiki.valid.raw, its first and second half")
+    (tmp_path / "wiki.train.raw").write_text("dd")
+    assert tokens("test")[:2] == ([d, d], [c, c, c]) and tokens("train")[:2] == ([d, d],
+                                                                                 [a, a, b, b])
+
+    def offline(name):
+        raise ConnectionError("no route to host")
+
+    fake_tiktoken(monkeypatch, offline)
+    with pytest.raises(RuntimeError, match="TIKTOKEN_CACHE_DIR: ConnectionError"):
+        models.gpt2_tokens("a")
+    monkeypatch.setitem(sys.modules, "tiktoken", None)
+    with pytest.raises(RuntimeError, match="pip install tiktoken"):
+        models.gpt2_tokens("a")
+
+
+def test_resnet18_in_the_main_job(photos, monkeypatch, capsys):
+    _, path = imagenet_checkpoint("resnet18", photos, monkeypatch)
+    with pytest.warns(UserWarning, match="has 2 classes, the checkpoints 1,000"):
+        reconstruct.main(["--model", "resnet18", "--data", str(photos), "--checkpoint", str(path),
+                          "--samples", "2", "--batch-size", "2", "--iterations", "1", "--bits", "4",
+                          "--method", "flexround", "--cache-dtype", "bfloat16"])
+    said = capsys.readouterr().out
+    # Two images, 64 x 56 x 56 in bfloat16 into and out of block 1, both paths.
+    assert f"at most {2 * 2 * 2 * 2 * 64 * 56 ** 2 / 1e6:,.1f} MB" in said
+    assert "; ImageNet; accuracy on 4 test images; 21 layers, at 8 bits ['0.0', '9.2']" in said
+    assert list(rows_of(said)) == [("resnet18", "W4")]
+    assert re.search(r", seed 0: \d+\.\d+ \(\d+ s; a block \d+\.\d, at most \d+\.\d\)", said)
+    assert re.search(r"^Peak memory: [\d,]+ MB of RAM$", said, re.M)
+
+
+def test_gpt2_in_the_main_job(tmp_path, monkeypatch, capsys):
+    fake_tiktoken(monkeypatch)
+    torch.manual_seed(0)
+    net = models.GPT(200, context=16, layers=2, heads=1, width=64)
+    torch.save(gpt2_checkpoint(net), tmp_path / "gpt2.bin")
+    for part in ("valid", "test"):
+        (tmp_path / f"wiki.{part}.raw").write_text("the quick brown fox jumps over the dog; " * 9)
+    command = ["--model", "gpt2", "--data", str(tmp_path), "--checkpoint",
+               str(tmp_path / "gpt2.bin"), "--samples", "8"]
+    reconstruct.main([*command, "--iterations", "2", "--bits", "4", "--method", "flexround",
+                      "--asymmetric", "--per-channel", "--save", str(tmp_path / "net.int")])
+    said = capsys.readouterr().out
+    assert "perplexity over the test split's 22 windows of 16; 8 layers, at 8 bits []" in said
+    # No logits among what is cached: 8 x 16 x 64 float32 into and out of a block, both paths.
+    assert f"at most {2 * 2 * 8 * 16 * 64 * 4 / 1e6:,.1f} MB" in said
+    reconstruct.main([*command, "--load", str(tmp_path / "net.int")])
+    assert capsys.readouterr().out.split("score")[1].strip() in said
+    (tmp_path / "wiki.test.raw").write_text("too short")
+    with pytest.raises(ValueError, match="360 and 9 tokens; more than 16 each are needed"):
+        models.load_task("gpt2", tmp_path, tmp_path / "gpt2.bin", samples=8)
 
 
 def test_digits_and_text_need_no_download():
@@ -1335,9 +1711,13 @@ def test_the_same_code_on_cuda(cache):
     net.to("cuda")
     reports = quantize_model(net.blocks, x, replace(QUICK, cache_device=cache))
     assert all(p.device.type == "cuda" for p in net.parameters())
-    for a, b in zip(on_cpu, reports, strict=True):                   # losses, not codes: see README
-        assert b.final_loss <= b.start_loss
+    moved = tiny("resnet conv")[0]                                   # lies on the CPU throughout
+    in_turn = quantize_model(moved.blocks, x, replace(QUICK, device="cuda", cache_device=cache))
+    assert all(p.device.type == "cpu" for p in moved.parameters())
+    for a, b, c in zip(on_cpu, reports, in_turn, strict=True):       # losses, not codes: see README
+        assert b.final_loss <= b.start_loss and c.final_loss <= c.start_loss
         assert b.start_loss == pytest.approx(a.start_loss, rel=0.2)
+        assert c.start_loss == pytest.approx(a.start_loss, rel=0.2)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -1722,6 +2102,7 @@ def test_save_and_load_from_the_command_line(tmp_path):
     ({"lr": "1e-3"}, "lr = '1e-3': a positive number"),
     ({"symmetric": "no"}, "symmetric = 'no': True or False"),
     ({"layer_bits": None}, "layer_bits = None: a dict"),
+    ({"cache_dtype": "int8"}, "cache_dtype = 'int8': None, float32, bfloat16 or float16"),
     ({"optimizer": "adamw"}, "optimizer = 'adamw': adam or sgd"),
     ({"optimizer": "sgd"}, "optimizer = 'sgd' needs an lr"),
     ({"abits": 9}, "abits = 9: an integer from 2 to 8"),
@@ -1872,6 +2253,9 @@ def test_what_is_not_done_as_asked_is_said():
     (["--model", "gpt", "--data", "nowhere.txt"], "nowhere.txt"),
     (["--lr", "-1"], "lr = -1.0"),
     (["--study", "x", "--results", "nowhere/x"], "--results nowhere/x: there is no such folder"),
+    (["--model", "resnet50"], "resnet50 needs ImageNet's folder (--data)"),
+    (["--model", "resnet18", "--data", "nowhere"], "nowhere must hold train and val"),
+    (["--model", "gpt2", "--data", "nowhere"], "no wiki.test.raw and no wikitext2.test.txt"),
     (["--model", "gpt", "--rescale", "2"], "spread = 2.0: of resnet and resnet20 only"),
     (["--model", "shakespeare"], "--data"),
     (["--model", "resnet", "--samples", "5000"], "samples = 5000: 1 to 1199 are allowed"),
