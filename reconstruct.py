@@ -40,8 +40,9 @@ import time
 import warnings
 from collections.abc import Iterable
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import torch
@@ -51,6 +52,7 @@ from torch.nn.utils import parametrize
 from tqdm.auto import tqdm
 
 from flexround import (
+    BITS,
     LSQ,
     METHODS,
     AdaRound,
@@ -78,76 +80,87 @@ DEFAULT_LR = {"rtn": 0.0, "adaround": 0.3, "adaquant": 1e-3, "flexround": 8e-3}
 STEP_LR, QDROP = {"B": 4e-4, "Q": 4e-5}, 0.5
 
 
+def one_of(*values):
+    """A rule for knob: what is allowed, in words, and the test."""
+    return " or ".join(map(str, values)), lambda v: type(v) in map(type, values) and v in values
+
+
+def at_least(least: int):
+    return f"an integer of at least {least}", lambda v: type(v) is int and v >= least
+
+
+def or_none(rule):
+    return f"{rule[0]} or None", lambda v: v is None or rule[1](v)
+
+
+def is_number(v) -> bool:
+    return isinstance(v, int | float) and not isinstance(v, bool)
+
+
+BITS_RULE = "an integer from 2 to 8", lambda v: type(v) is int and v in BITS
+POSITIVE = "a positive number", lambda v: is_number(v) and 0 < v < math.inf
+SHARE = "a probability from 0 to 1", lambda v: is_number(v) and 0 <= v <= 1
+SWITCH = one_of(True, False)
+
+
+def knob(default, rule, about: str):
+    """A setting: its default, what is allowed, and what it is, for who reads and for --help."""
+    return field(default=default, metadata={"rule": rule, "about": about})
+
+
 @dataclass(frozen=True)
 class ReconstructionConfig:
-    """All settings of a reconstruction. ValueError names the one that is not allowed."""
+    """All settings of a reconstruction; each is a flag of the command line, too (--per-channel).
+    ValueError names the one that is not allowed."""
 
-    method: str = "flexround"        # rtn, adaround, adaquant or flexround
-    bits: int = 4                    # 2 to 8; the paper's CNNs: 4, 3, 2
-    symmetric: bool = True           # the grid: the paper's CNNs symmetric, its language models not
-    per_channel: bool = False        # one s1 an output channel; in the paper only for LLaMA
-    p: float = 2.4                   # exponent of the range search; the paper's is 2
-    learn_s1: bool = True            # FlexRound only; False is ablation 1 of Table 1
-    use_s3_s4: bool = True           # FlexRound only; False is ablation 2 of Table 1
-    V_in_steps: bool = False         # AdaQuant only; True, V in grid steps, is an experiment's
-    optimizer: str = "adam"          # or "sgd", plain, which needs an lr
-    iterations: int = 1000           # a block; section 4: 5,000 for CNNs, 500 for language models
-    batch_size: int = 32             # inputs drawn an iteration; 32 is BRECQ's for CNNs
-    lr: float | None = None          # Adam's first rate; None is the method's own, DEFAULT_LR
-    seed: int = 0                    # of the batches (and of input_drop)
-    input_drop: float = 0.0          # probability that an element of the input is x_fp's: 0 is
-    #                                  X_tilde (section 3.1), 1 is X; setting Q takes 0.5
-    abits: int | None = None         # 2 to 8, of what each quantized layer gets; None: float
-    setting: str = "B"               # with abits: "B" learns weights, then, in a second pass,
-    #                                  steps; "Q" learns both together, dropping (section 4)
-    step_lr: float | None = None     # Adam's first rate of log step; None: STEP_LR of the setting
-    end_bits: int | None = 8         # first layer of the first block, last of the last; None: bits
-    layer_bits: dict = field(default_factory=dict)    # {"<block index>.<layer name>": bits}
-    device: str | None = None        # where a block is computed: it is moved there for its turn and
-    #                                  back afterwards; None: where it lies
-    cache_device: str | None = None  # where the cached activations live; None: where blocks compute
-    cache_dtype: str | None = None   # theirs: float32, bfloat16 or float16 (up to 65,504); None:
-    #                                  the blocks' own. Integers (tokens) stay what they are
-    precision: str = "float32"       # of matmuls and convolutions; tf32 and bf16 are for GPUs.
-    #                                  The factors and Adam's moments are float32 whatever it is
-    cuda_graph: bool = True          # on CUDA: record an iteration once a block and replay it
+    method: str = knob("flexround", one_of(*METHODS), ", ".join(METHODS))
+    bits: int = knob(4, BITS_RULE, "of a weight, 2 to 8; the paper's CNNs: 4, 3, 2")
+    symmetric: bool = knob(True, SWITCH, "the grid: the paper's CNNs so, its language models not")
+    per_channel: bool = knob(False, SWITCH, "one s1 an output channel; in the paper for LLaMA")
+    p: float = knob(2.4, POSITIVE, "exponent of the range search; the paper's is 2")
+    learn_s1: bool = knob(True, SWITCH, "FlexRound only; without: ablation 1 of Table 1")
+    use_s3_s4: bool = knob(True, SWITCH, "FlexRound only; without: ablation 2 of Table 1")
+    V_in_steps: bool = knob(False, SWITCH, "AdaQuant only; an experiment: V counts grid steps")
+    optimizer: str = knob("adam", one_of("adam", "sgd"), "adam, or plain sgd, which needs an lr")
+    iterations: int = knob(1000, at_least(1), "a block; section 4: 5,000 for CNNs, 500 for "
+                                              "language models")
+    batch_size: int = knob(32, at_least(1), "inputs an iteration; 32 is BRECQ's for CNNs")
+    lr: float | None = knob(None, or_none(POSITIVE), "first rate; None: the method's, DEFAULT_LR")
+    seed: int = knob(0, at_least(0), "of the batches and of what is dropped")
+    input_drop: float = knob(0.0, SHARE, "probability that an element of a block's input is "
+                             "x_fp's: 0 is X_tilde (section 3.1), 1 is X; setting Q takes 0.5")
+    abits: int | None = knob(None, or_none(BITS_RULE), "of what each quantized layer gets; None: "
+                             "float, weights only")
+    setting: str = knob("B", one_of("B", "Q"), "with abits: B learns weights, then, in a second "
+                        "pass, steps; Q both together, dropping (section 4)")
+    step_lr: float | None = knob(None, or_none(POSITIVE), "first rate of a step's logarithm; None: "
+                                 "the setting's, STEP_LR")
+    end_bits: int | None = knob(8, or_none(BITS_RULE), "of the first layer of the first block and "
+                                "the last of the last; None (a flag's 0): bits")
+    device: str | None = knob(None, None, "where a block is computed: it is moved there for its "
+                              "turn, and back; None: where it lies")
+    cache_device: str | None = knob(None, None, "where cached activations live; None: where blocks "
+                                    "are computed")
+    cache_dtype: str | None = knob(None, or_none(one_of("float32", "bfloat16", "float16")),
+                                   "theirs; None: the blocks' own. Tokens stay integers")
+    precision: str = knob("float32", one_of("float32", "tf32", "bf16"), "of matmuls and "
+                          "convolutions while learning; factors and moments stay float32")
+    cuda_graph: bool = knob(True, SWITCH, "on CUDA: record an iteration once a block and replay it")
+    layer_bits: dict = field(default_factory=dict)   # {"<block index>.<layer name>": bits}
 
     def __post_init__(self):
-        def check(name, kind, allowed, ok=lambda value: True):
-            value = getattr(self, name)
-            right = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
-            if not (right and ok(value)):
-                raise ValueError(f"{name} = {value!r}: {allowed} is allowed")
-
-        check("method", str, f"one of {', '.join(METHODS)}", lambda v: v in METHODS)
-        check("layer_bits", dict, "a dict of bits")
-        code_range(self.bits, self.symmetric)
-        if self.abits is not None:
-            code_range(self.abits, self.symmetric, "abits")
-        check("setting", str, "B or Q", lambda v: v in STEP_LR)
-        if self.end_bits is not None:
-            code_range(self.end_bits, self.symmetric, "end_bits")
+        for f in fields(self):
+            value, rule = getattr(self, f.name), f.metadata.get("rule")
+            if rule and not rule[1](value):
+                raise ValueError(f"{f.name} = {value!r}: {rule[0]} is allowed")
+        if not isinstance(self.layer_bits, dict):
+            raise ValueError(f"layer_bits = {self.layer_bits!r}: a dict of bits is allowed")
         for name, bits in self.layer_bits.items():
             code_range(bits, self.symmetric, f"layer_bits[{name!r}]")
-        check("optimizer", str, "adam or sgd", lambda v: v in ("adam", "sgd"))
         if self.optimizer == "sgd" and self.lr is None and self.method != "rtn":
             raise ValueError("optimizer = 'sgd' needs an lr: the default rates are Adam's")
-        check("precision", str, "float32, tf32 or bf16", lambda v: v in ("float32", "tf32", "bf16"))
-        check("cache_dtype", str | None, "None, float32, bfloat16 or float16",
-              lambda v: v in (None, "float32", "bfloat16", "float16"))
-        for name in ("symmetric", "per_channel", "learn_s1", "use_s3_s4", "V_in_steps",
-                     "cuda_graph"):
-            check(name, bool, "True or False")
-        for name, least in (("iterations", 1), ("batch_size", 1), ("seed", 0)):
-            check(name, int, f"an integer of at least {least}", lambda v, least=least: v >= least)
-        number = int | float
-        check("p", number, "a positive number", lambda v: 0 < v < math.inf)
-        check("input_drop", number, "a probability from 0 to 1", lambda v: 0 <= v <= 1)
         if self.joint and self.input_drop not in (0, QDROP):
             raise ValueError(f"input_drop = {self.input_drop}: setting Q takes {QDROP}")
-        for name in ("lr", "step_lr"):
-            if getattr(self, name) is not None:
-                check(name, number, "a positive number or None", lambda v: 0 < v < math.inf)
 
     @property
     def joint(self) -> bool:
@@ -941,55 +954,36 @@ def parser() -> argparse.ArgumentParser:
              "characters; shakespeare: a larger one; resnet20 (CIFAR-10), resnet18, resnet50 "
              "(ImageNet), gpt2 (WikiText-2): public checkpoints. All but the first three need "
              "--data")
-    add("--method", nargs="+", default=list(NAMES), metavar="NAME", choices=list(NAMES),
-        help=", ".join(NAMES))
-    add("--bits", nargs="+", type=int, default=[3, 2], help="of a weight, 2 to 8; a row each")
-    add("--abits", type=int, help="bits of what a quantized layer gets (default: float)")
-    add("--setting", default="B", choices=["B", "Q"],
-        help="with --abits: B learns weights, then steps; Q both together, dropping")
-    add("--step-lr", type=float, help="first rate of the activations' steps (default: 4e-4 in B, "
-                                      "4e-5 in Q)")
-    add("--end-bits", type=int, default=8,
-        help="bits of the first layer of the first block and the last of the last; 0: as --bits")
-    add("--asymmetric", action="store_true", help="a grid with a zero point")
-    add("--per-channel", action="store_true", help="one s1 an output channel")
-    add("--fix-s1", action="store_true", help="FlexRound: s1 not learned (Table 1, ablation 1)")
-    add("--no-s3-s4", action="store_true", help="FlexRound: no s3, s4 (Table 1, ablation 2)")
-    add("--V-in-steps", action="store_true", help="AdaQuant: V counts grid steps (an experiment)")
-    add("--optimizer", default="adam", help="adam, or sgd, which needs --lr")
-    add("--p", type=float, default=ReconstructionConfig.p, help="exponent of the range search")
-    add("--iterations", type=int, default=250, help="of the optimizer, for each block")
-    add("--lr", type=float, help="first rate for all methods (default: each method's own)")
-    add("--batch-size", type=int, help="inputs an iteration (default: 32 images or 8 sequences)")
+    many = {"method": list(NAMES), "bits": [3, 2], "seed": [0]}      # a run for each of them
+    for f in fields(ReconstructionConfig):
+        if "about" not in f.metadata:
+            continue
+        kind = next(t for t in (*get_args(f.type), f.type) if t is not type(None))
+        add("--" + f.name.replace("_", "-"), default=many.get(f.name, f.default),
+            help=f.metadata["about"].replace("%", "%%"), **(
+                {"action": argparse.BooleanOptionalAction} if kind is bool else
+                {"type": kind, "nargs": "+" if f.name in many else None}))
+    flags.set_defaults(iterations=250, batch_size=None,
+                       device="cuda" if torch.cuda.is_available() else "cpu")
     add("--samples", type=int, help="calibration inputs (default: 512 digits, 1,024 other "
                                     "images, 128 sequences)")
-    add("--input-drop", type=float, default=0.0,
-        help="share of a block's input taken from the full-precision network")
     add("--rescale", type=float, default=1.0, help="resnet, resnet20: multiply channels by up to "
         "this and divide by it behind the ReLU, which changes no output (an experiment)")
-    add("--seed", nargs="+", type=int, default=[0], help="of calibration draw and batches; several "
-                                                         "give medians")
     add("--split", choices=["test", "train"], default="test",
         help="score test data, or what settings are chosen on: held-out training images, "
              "validation text")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, ...")
-    add("--cache-device", help="where cached activations live (default: --device)")
-    add("--cache-dtype", help="of cached activations: float32, bfloat16 or float16 (default: as "
-                              "computed)")
     add("--data", help="resnet20, mobilenet (in place of digits): folder of CIFAR-10's binary "
         "files; resnet18, resnet50: folder with ImageNet's train and val; gpt2: folder of "
         "WikiText-2's wiki.*.raw; gpt, shakespeare: a text file")
     add("--checkpoint", help="file of resnet20's, resnet18's, resnet50's or gpt2's weights "
                              "(default: downloaded)")
+    add("--cache", default="cache", help="folder of the small networks once trained")
     add("--save", metavar="FILE", help="write the integers (one model, one method, one --bits)")
     add("--load", metavar="FILE", help="score a file of --save instead of quantizing (one model)")
-    add("--precision", default="float32", help="of matmuls and convolutions while learning: "
-                                               "float32, tf32 (CUDA) or bf16")
-    add("--time", action="store_true", help="only time an iteration of some blocks and its floor")
-    add("--cache", default="cache", help="folder of the small networks once trained")
     add("--study", metavar="NAME", help="append each run to --results under this name, and take "
         "from there what ran before: a long study can be stopped and continued")
     add("--results", metavar="FILE", default="docs/results.jsonl", help="runs, one JSON a line")
+    add("--time", action="store_true", help="only time an iteration of some blocks and its floor")
     return flags
 
 
@@ -1106,15 +1100,19 @@ def main(arguments=None) -> None:
     import models
 
     args = parser().parse_args(arguments)
-    configs = [ReconstructionConfig(
-        method, bits, not args.asymmetric, args.per_channel, p=args.p, iterations=args.iterations,
-        learn_s1=not args.fix_s1, use_s3_s4=not args.no_s3_s4, V_in_steps=args.V_in_steps,
-        optimizer=args.optimizer, seed=seed, abits=args.abits, setting=args.setting,
-        step_lr=args.step_lr, lr=None if method == "rtn" else args.lr or
-        (DEFAULT_LR[method] if args.optimizer == "adam" else None), input_drop=args.input_drop,
-        end_bits=args.end_bits or None, cache_device=args.cache_device, precision=args.precision,
-        device=args.device, cache_dtype=args.cache_dtype)
-        for bits in args.bits for method in args.method for seed in args.seed]
+    settings = {f.name: getattr(args, f.name) for f in fields(ReconstructionConfig)
+                if f.name != "layer_bits"}
+    settings["end_bits"] = args.end_bits or None
+    if args.batch_size is None:                                      # the task's, below
+        del settings["batch_size"]
+
+    def rate(method):
+        given = args.lr if args.lr is not None or args.optimizer == "sgd" else DEFAULT_LR[method]
+        return None if method == "rtn" else given
+
+    configs = [ReconstructionConfig(**{**settings, "method": method, "bits": bits, "seed": seed,
+                                       "lr": rate(method)})
+               for bits in args.bits for method in args.method for seed in args.seed]
     if args.time:
         return print_times(models, args.device, args.precision)
     if (args.save and (len(args.model), len(configs)) != (1, 1)) or (
@@ -1133,7 +1131,7 @@ def main(arguments=None) -> None:
         print(f"{args.load}: {proof(load_quantized(task.net, args.load).to(args.device), task)}")
         return
 
-    grid = f"{'asymmetric' if args.asymmetric else 'symmetric'}, per " + \
+    grid = f"{'symmetric' if args.symmetric else 'asymmetric'}, per " + \
         ("channel" if args.per_channel else "tensor")
     print(f"{grid} grid, p = {args.p}, {args.iterations} iterations a block, seed "
           f"{', '.join(map(str, args.seed))}; torch {torch.__version__} on {args.device}, "
@@ -1157,7 +1155,8 @@ def main(arguments=None) -> None:
         row = name if args.rescale == 1 else f"{name}, channels x {args.rescale:g}"
         for config in configs:
             task = tasks[name, config.seed]
-            config = replace(config, batch_size=args.batch_size or task.batch_size)
+            if args.batch_size is None:
+                config = replace(config, batch_size=task.batch_size)
             about = (f"W{config.bits}{f'A{config.abits} {config.setting}' if config.abits else ''} "
                      f"{NAMES[config.method]}, seed {config.seed}")
             known = [r for r in earlier if same_run(r, args.study, row, task.about, config)]

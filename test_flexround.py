@@ -1584,7 +1584,7 @@ def test_gpt2_in_the_main_job(tmp_path, monkeypatch, capsys):
     command = ["--model", "gpt2", "--data", str(tmp_path), "--checkpoint",
                str(tmp_path / "gpt2.bin"), "--samples", "8"]
     reconstruct.main([*command, "--iterations", "2", "--bits", "4", "--method", "flexround",
-                      "--asymmetric", "--per-channel", "--save", str(tmp_path / "net.int")])
+                      "--no-symmetric", "--per-channel", "--save", str(tmp_path / "net.int")])
     said = capsys.readouterr().out
     assert "perplexity over the test split's 22 windows of 16; 8 layers, at 8 bits []" in said
     # No logits among what is cached: 8 x 16 x 64 float32 into and out of a block, both paths.
@@ -1663,7 +1663,7 @@ def test_the_main_job_in_small(tmp_path):
     done = command(*same, "--bits", "3", "2", "--method", "rtn", "flexround", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     rows = rows_of(done.stdout)
-    assert list(rows) == [("gpt", "3"), ("gpt", "2")]
+    assert list(rows) == [("gpt", "W3"), ("gpt", "W2")]
     for cells in rows.values():
         assert list(cells) == ["full precision", "round to nearest", "FlexRound, lr 0.008"]
         assert re.fullmatch(r"\d+\.\d\d", cells.pop("full precision"))
@@ -1678,7 +1678,7 @@ def test_the_main_job_in_small(tmp_path):
     records = reconstruct.read_results(tmp_path / "runs.jsonl")
     assert records[:4] == first and len(records) == 5
     a, b = sorted((records[1]["score"], records[4]["score"]))
-    cell = rows_of(done.stdout)["gpt", "3"]["FlexRound, lr 0.008"]
+    cell = rows_of(done.stdout)["gpt", "W3"]["FlexRound, lr 0.008"]
     assert cell.startswith(f"{(a + b) / 2:.2f} ({a:.2f} to {b:.2f}; ")
 
 
@@ -1688,7 +1688,7 @@ def test_the_main_job_as_the_readme_runs_it(tmp_path):
     assert done.returncode == 0, done.stderr
     print(done.stdout)
     rows = rows_of(done.stdout)
-    assert list(rows) == [(n, b) for n in ("resnet", "mobilenet", "gpt") for b in "32"]
+    assert list(rows) == [(n, b) for n in ("resnet", "mobilenet", "gpt") for b in ("W3", "W2")]
     for (name, bits), cells in rows.items():
         full, rtn, *learned = (float(c.split()[0]) for c in cells.values())
         better = (lambda a, b: a < b) if name == "gpt" else (lambda a, b: a > b)
@@ -1831,7 +1831,7 @@ def test_weights_and_activations_end_to_end(name, setting, symmetric):
     own = replace(QUICK, bits=8, abits=8, setting=setting, symmetric=symmetric)
     reports = quantize_model(net.blocks, x, own)
     # Near the float network at 8 bits; all tensors are named in the reports.
-    assert float((net(x) - full).norm() / full.norm()) < 0.1
+    assert float((net(x).detach() - full).norm() / full.norm()) < 0.1
     flat = [name for names in layers for name in names]
     passes = {"B": 2, "Q": 1}[setting]
     assert [n for r in reports for n in r.bits] == flat * passes
@@ -2089,7 +2089,7 @@ def test_save_and_load_from_the_command_line(tmp_path):
     ({"bits": True}, "bits = True"),
     ({"end_bits": 16}, "end_bits = 16: an integer from 2 to 8"),
     ({"layer_bits": {"0.a": 1}}, r"layer_bits\['0.a'\] = 1"),
-    ({"method": "gptq"}, "method = 'gptq': one of rtn, adaround, adaquant, flexround"),
+    ({"method": "gptq"}, "method = 'gptq': rtn or adaround or adaquant or flexround"),
     ({"iterations": 0}, "iterations = 0: an integer of at least 1"),
     ({"batch_size": 0}, "batch_size = 0"),
     ({"batch_size": 2.5}, "batch_size = 2.5"),
@@ -2102,14 +2102,14 @@ def test_save_and_load_from_the_command_line(tmp_path):
     ({"lr": "1e-3"}, "lr = '1e-3': a positive number"),
     ({"symmetric": "no"}, "symmetric = 'no': True or False"),
     ({"layer_bits": None}, "layer_bits = None: a dict"),
-    ({"cache_dtype": "int8"}, "cache_dtype = 'int8': None, float32, bfloat16 or float16"),
+    ({"cache_dtype": "int8"}, "cache_dtype = 'int8': float32 or bfloat16 or float16 or None"),
     ({"optimizer": "adamw"}, "optimizer = 'adamw': adam or sgd"),
     ({"optimizer": "sgd"}, "optimizer = 'sgd' needs an lr"),
     ({"abits": 9}, "abits = 9: an integer from 2 to 8"),
     ({"setting": "C"}, "setting = 'C': B or Q"),
     ({"abits": 4, "setting": "Q", "input_drop": 0.3}, "input_drop = 0.3: setting Q takes 0.5"),
     ({"step_lr": 0}, "step_lr = 0: a positive number"),
-    ({"precision": "fp8"}, "precision = 'fp8': float32, tf32 or bf16"),
+    ({"precision": "fp8"}, "precision = 'fp8': float32 or tf32 or bf16"),
 ])
 def test_a_setting_that_is_not_allowed(settings, message):
     with pytest.raises(ValueError, match=message):
@@ -2252,6 +2252,8 @@ def test_what_is_not_done_as_asked_is_said():
     (["--model", "resnet20", "--data", "nowhere"], "no data_batch_*.bin in nowhere"),
     (["--model", "gpt", "--data", "nowhere.txt"], "nowhere.txt"),
     (["--lr", "-1"], "lr = -1.0"),
+    (["--lr", "0"], "lr = 0.0"),
+    (["--batch-size", "0"], "batch_size = 0"),
     (["--study", "x", "--results", "nowhere/x"], "--results nowhere/x: there is no such folder"),
     (["--model", "resnet50"], "resnet50 needs ImageNet's folder (--data)"),
     (["--model", "resnet18", "--data", "nowhere"], "nowhere must hold train and val"),
