@@ -1484,6 +1484,26 @@ def test_imagenet_is_read_from_its_folders(photos):
         models.load_task("resnet18", photos, samples=2)
 
 
+def test_no_image_is_both_calibrated_on_and_scored(photos, monkeypatch):
+    read, image_batches = [], models.image_batches
+
+    def watched(files, **settings):
+        read.append({file for file, _ in files})
+        return image_batches(files, **settings)
+
+    monkeypatch.setattr(models, "resnet18", lambda path: models.ResNet((4,), 1, imagenet=True))
+    monkeypatch.setattr(models, "image_batches", watched)
+    for split, folder, count in (("train", "train", 4), ("test", "val", 4)):
+        read.clear()
+        with pytest.warns(UserWarning, match="2 classes"):
+            task = models.load_task("resnet18", photos, split=split, samples=2)
+        task.score(task.net)
+        calibrated, scored = read
+        assert len(calibrated) == 2 and len(scored) == count and not calibrated & scored
+        assert {file.parts[-3] for file in calibrated} == {"train"}
+        assert {file.parts[-3] for file in scored} == {folder}
+
+
 def fake_tiktoken(monkeypatch, get_encoding=None):
     """Characters instead of tokens."""
     def encoding(name):
