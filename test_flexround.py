@@ -443,6 +443,40 @@ def test_gradcheck_of_the_frozen_residual(shape, symmetric, per_channel):
         torch.testing.assert_close(p.grad, s.grad)
 
 
+@over_shapes
+@over_grids
+@over_scope
+def test_the_backward_by_hand_is_autograds_in_fewer_operations(shape, symmetric, per_channel):
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Count(TorchDispatchMode):
+        """Operations that compute; views cost nothing on a GPU."""
+        total = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            views = ("view", "expand", "detach", "t.default", "alias", "squeeze", "transpose")
+            self.total += not any(name in str(func) for name in views)
+            return func(*args, **(kwargs or {}))
+
+    def chain(W):                                                    # Eq. 2 as it is printed
+        S = q.s1 * q.S2 * q.s3 * (1 if q.s4 is None else q.s4)
+        return q.s1 * flexround.Clamp.apply(flexround.Round.apply(W / S), *q.bounds)
+
+    q, W = disturbed(shape, 3, symmetric, per_channel)
+    G, grads, counts = weight(shape, seed=9), [], []
+    for forward in (chain, q):
+        q.zero_grad()
+        with Count() as count:
+            forward(W).backward(G)
+        counts.append(count.total)
+        grads.append([p.grad for p in q.parameters()])
+    torch.testing.assert_close(chain(W), q(W))
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b)
+    print(f"autograd {counts[0]}, by hand {counts[1]}")
+    assert counts[1] < 0.7 * counts[0]
+
+
 @pytest.mark.parametrize("cls", [FlexRound, AdaQuant])
 def test_negative_control_gradcheck_rejects_the_estimator_itself(cls):
     """round() is flat: numerically nothing moves. The estimator is a choice, not a derivative."""
