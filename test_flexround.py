@@ -1120,8 +1120,8 @@ def test_one_block_at_a_time_is_moved_to_the_device_and_back(monkeypatch):
     quantize_model(net.blocks, x, replace(QUICK, method="rtn"))
     assert moves == []                                               # blocks stay where they are
     quantize_model(fold(net).blocks, x, replace(QUICK, method="rtn", device="cpu"))
-    there_and_back = [(0, "cpu"), (0, "cpu")]                        # for the target, to learn
-    assert moves == [(i, device) for i in range(4) for _, device in 2 * there_and_back]
+    # There and back for its target, there and back to be learned, then the next.
+    assert moves == [(i, "cpu") for i in range(4) for _ in range(4)]
 
 
 @pytest.mark.parametrize("name", ["resnet conv", "resnet pad", "mobilenet"])
@@ -1516,6 +1516,26 @@ def test_imagenet_is_read_from_its_folders(photos):
     (photos / "val" / "n02").rename(photos / "val" / "n03")
     with pytest.raises(ValueError, match="n02 is not a class folder of both train and val"):
         models.load_task("resnet18", photos, samples=2)
+
+
+def test_no_image_is_both_calibrated_on_and_scored(photos, monkeypatch):
+    read, image_batches = [], models.image_batches
+
+    def watched(files, **settings):
+        read.append({file for file, _ in files})
+        return image_batches(files, **settings)
+
+    monkeypatch.setattr(models, "resnet18", lambda path: models.ResNet((4,), 1, imagenet=True))
+    monkeypatch.setattr(models, "image_batches", watched)
+    for split, folder, count in (("train", "train", 4), ("test", "val", 4)):
+        read.clear()
+        with pytest.warns(UserWarning, match="2 classes"):
+            task = models.load_task("resnet18", photos, split=split, samples=2)
+        task.score(task.net)
+        calibrated, scored = read
+        assert len(calibrated) == 2 and len(scored) == count and not calibrated & scored
+        assert {file.parts[-3] for file in calibrated} == {"train"}
+        assert {file.parts[-3] for file in scored} == {folder}
 
 
 def fake_tiktoken(monkeypatch, get_encoding=None):
