@@ -25,8 +25,13 @@ How this differs from the paper and from the authors' code, and why
 - The paper states neither the loss's reduction nor the rate's schedule. Both are as in the authors'
   code, except that it sums over dim 1 always, which for a GPT is the tokens: see block_loss.
 
-Below the driver stand the integers, out and back (save_quantized, load_quantized), and the main
-job: `python reconstruct.py --help` lists what it can do. Left out: activation quantization.
+- An iteration is recorded once a block as a CUDA graph, where there is CUDA: see _captured.
+
+Activations, where abits asks for them: setting B goes through the blocks a second time to learn the
+steps of the layers' inputs; setting Q learns these with the weights and drops (section 4).
+
+Below the driver stand the integers, out and back (save_quantized, load_quantized), what an
+iteration costs (time_block), and the main job: `python reconstruct.py --help` lists what it can do.
 """
 import argparse
 import copy
@@ -669,7 +674,7 @@ def quantize_model(blocks, calibration: Tensor, config: ReconstructionConfig) ->
                 if i < last:
                     x_fp, x_q = y_fp, outputs(block, x_q)
 
-    with bar:
+    with bar, _tf32(config.precision == "tf32"):
         if two_passes:
             sweep(blocks, weights=True, activations=False)
             sweep(floats, weights=False, activations=True)
