@@ -800,6 +800,31 @@ def test_on_white_noise_flexround_ends_worse_than_it_starts():
         assert report.final_loss == report.start_loss and report.best_iteration == 0
 
 
+def test_division_learns_to_make_unequal_channels_equal():
+    """README, Why so close: FlexRound divides a large channel by a large S', and the next layer's
+    weights that read it by a small one, as if the network had been equalised beforehand."""
+    torch.manual_seed(0)
+    net = models.fold_batchnorm(nn.Sequential(models.BasicBlock(8, 8)))
+    x = correlated(64, 8, 8, 8)
+    conv1, conv2 = net[0].conv1[0], net[0].conv2[0]
+    W1 = conv1.weight.detach().clone()
+    y = net(x).detach()
+    models.rescale(net, 4.0)
+    factor = (conv1.weight.detach() / W1).flatten(1).median(1).values.log()
+    config = ReconstructionConfig(bits=3, iterations=500, lr=0.032)
+    quantize_layers(net, config)
+    report = reconstruct_block(net, x, y, config)
+    q1, q2 = quantizers(net).values()
+    with torch.no_grad():                                            # mean log S' of each channel
+        out = (q1.log_S2 + q1.log_s3 + q1.log_s4).mean((1, 2, 3))
+        into = (q2.log_S2 + q2.log_s3 + q2.log_s4).mean((0, 2, 3))
+    follows = [float(torch.corrcoef(torch.stack([log_S, sign * factor]))[0, 1])
+               for log_S, sign in ((out, 1), (into, -1))]
+    print(f"correlation {follows[0]:.2f} and {follows[1]:.2f}, loss "
+          f"{report.final_loss / report.start_loss:.3f} of the start")
+    assert min(follows) > 0.9
+
+
 def test_input_drop_is_the_share_of_full_precision_inputs():
     def history(drop, x_q, x_fp):
         block, _, y, config = prepared(input_drop=drop)
