@@ -1053,8 +1053,9 @@ def read_results(path) -> list[dict]:
 
 def table(records: list[dict]) -> str:
     """Runs as a Markdown table: networks and bits down, methods and settings across (the other way
-    round where these are many); the median over seeds, in brackets the least and the greatest, and
-    the median of the seconds. A setting is named where it varies and is not the default.
+    round where these are many); the median over seeds, in brackets the least and the greatest
+    where they differ, and the median of the seconds. A setting is named where it varies and is not
+    the default.
     """
     seen = {}                                                        # of each method's settings
     for config in (r["config"] for r in records):
@@ -1078,8 +1079,9 @@ def table(records: list[dict]) -> str:
         if not runs:
             return ""
         scores, seconds = zip(*((r["score"], r["seconds"]) for r in runs), strict=True)
-        spread = f"{min(scores):.2f} to {max(scores):.2f}; " if len(runs) > 1 else ""
-        return f"{statistics.median(scores):.2f} ({spread}{statistics.median(seconds):.0f} s)"
+        least, middle, most = (f"{f(scores):.2f}" for f in (min, statistics.median, max))
+        spread = f"{least} to {most}; " if least != most else ""
+        return f"{middle} ({spread}{statistics.median(seconds):.0f} s)"
 
     if len(columns) <= 7:
         lines = [["network | bits | full precision", *columns]] + [

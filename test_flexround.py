@@ -806,7 +806,7 @@ def test_division_learns_to_make_unequal_channels_equal():
     torch.manual_seed(0)
     net = models.fold_batchnorm(nn.Sequential(models.BasicBlock(8, 8)))
     x = correlated(64, 8, 8, 8)
-    conv1, conv2 = net[0].conv1[0], net[0].conv2[0]
+    conv1 = net[0].conv1[0]
     W1 = conv1.weight.detach().clone()
     y = net(x).detach()
     models.rescale(net, 4.0)
