@@ -643,6 +643,18 @@ def perplexity(model: nn.Module, tokens: Tensor, context: int, batch_size: int =
     return float(torch.exp(total / y.numel()))
 
 
+@torch.no_grad()
+def sample(net: GPT, tokens: Tensor, count: int, seed: int = 0) -> Tensor:
+    """tokens (B, T) and `count` more, each drawn from what net makes of the last `context`."""
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(count):
+        seen = tokens[:, -net.context:].to(net.blocks[0].token.weight.device)
+        logits = net(seen)[:, -1]                                    # (B, V)
+        drawn = torch.multinomial(logits.float().softmax(1).cpu(), 1, generator=generator)
+        tokens = torch.cat([tokens, drawn], 1)
+    return tokens
+
+
 # ---- Training the small networks, once -----------------------------------------------------------
 
 def train(net: nn.Module, batches, loss_of, steps: int, lr: float, label: str) -> nn.Module:

@@ -1156,8 +1156,12 @@ def main(arguments=None) -> None:
                 for n, b in layers.items()}
         ends = [n for n, b in bits.items() if args.end_bits and b == args.end_bits]
         last = int(list(bits)[-1].split(".")[0])                     # nothing behind it is cached
-        print(f"{name}: {task.about}; {len(bits)} layers, at {args.end_bits} bits {ends}; "
-              f"{len(task.calibration)} calibration inputs, cached activations at most "
+        most = [task.net.blocks.get_submodule(n).weight.detach().flatten(1).abs().amax(1)
+                for n in bits]                                       # of each output channel
+        unequal = [float(m.max() / m.median()) for m in most]
+        print(f"{name}: {task.about}; {len(bits)} layers, at {args.end_bits} bits {ends}; the "
+              f"largest channel of a layer is {min(unequal):.1f} to {max(unequal):.1f} times its "
+              f"median; {len(task.calibration)} calibration inputs, cached activations at most "
               f"{cache_bytes(task.net.blocks[:last + 1], task.calibration, configs[0]) / 1e6:,.1f}"
               " MB")
     records = []

@@ -1190,6 +1190,14 @@ def test_a_gpt_looks_only_back():
         net(torch.zeros(1, 17, dtype=torch.long))
 
 
+def test_a_sample_of_text_follows_the_seed():
+    net, x, _ = tiny("gpt")
+    drawn = models.sample(net, x[:2, :3], 20)
+    assert drawn.shape == (2, 23) and torch.equal(drawn[:, :3], x[:2, :3])      # past the context
+    assert torch.equal(drawn, models.sample(net, x[:2, :3], 20))
+    assert not torch.equal(drawn, models.sample(net, x[:2, :3], 20, seed=1))
+
+
 def test_accuracy_and_perplexity_by_hand():
     class Fixed(nn.Module):
         def forward(self, x):
