@@ -42,6 +42,7 @@ import warnings
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.utils import parametrize
 
 BITS = range(2, 9)
@@ -319,8 +320,8 @@ class Division(torch.autograd.Function):
         dW_hat/dlog S2 = dW_hat/dlog s3 = dW_hat/dlog s4 = -inside s1 u          (slope below)
         dW_hat/dlog s1 = s1 (k - inside u) = W_hat + slope
 
-    By autograd's chain through exp, product, division, Round and Clamp the same takes more
-    operations and memory; here nothing of W's size is kept but slope (the layer keeps W_hat).
+    Autograd finds the same through exp, product, division, Round and Clamp, in twice the
+    operations. Here nothing of W's size is kept but slope (the layer keeps W_hat).
     """
 
     @staticmethod
@@ -339,6 +340,7 @@ class Division(torch.autograd.Function):
         return W_hat
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, G):
         slope, W_hat = ctx.saved_tensors
         to_S2 = G * slope
@@ -362,8 +364,7 @@ class FlexRound(RoundToNearest):
         dL/dS2 =     -inside G W / (S2^2 s3 s4)        dL/ds3 = sum -inside G W / (S2 s3^2 s4)
         dL/ds4 = sum -inside G W / (S2 s3 s4^2)        dL/ds1 = sum G (k - inside u)
 
-    and for a stored logarithm times the factor itself, dL/dlog S2 = S2 dL/dS2. Division computes
-    them; autograd would find the same through Round and Clamp, in more operations.
+    and for a stored logarithm times the factor itself, dL/dlog S2 = S2 dL/dS2: see Division.
 
     Args (beyond RoundToNearest's), the ablations of the paper's Table 1:
         learn_s1: False fixes s1 at its start (ablation 1).
@@ -409,8 +410,7 @@ class FlexRound(RoundToNearest):
 # ---- Activations: a learned step size (LSQ) ------------------------------------------------------
 
 class LearnedStep(torch.autograd.Function):
-    """x_hat = s * clamp(round(x / s)) from log s, and LSQ's gradients on the way back, with inside
-    as for a weight: dx_hat/dx = inside, dx_hat/dlog s = s (k - inside u) = x_hat - inside x."""
+    """LSQ's x_hat from the logarithm of the step, and its gradients."""
 
     @staticmethod
     def forward(ctx, x, log_step, lo, hi):
@@ -423,6 +423,7 @@ class LearnedStep(torch.autograd.Function):
         return x_hat
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, G):
         inside, slope = ctx.saved_tensors
         return G * inside, (G * slope).sum(), None, None
@@ -581,8 +582,7 @@ def quantize_layers(block: nn.Module, config, layer_bits: dict[str, int] | None 
 
 
 def quantize_input(layer, args):
-    """The forward pre-hook of a layer whose input is quantized. It knows the layer only when it is
-    called, so a deep copy of the layer uses its own LSQ."""
+    """The forward pre-hook of a layer whose input is quantized; a copy's is the copy's own LSQ."""
     return layer.input_quantizer(args[0]), *args[1:]
 
 
@@ -590,9 +590,9 @@ def quantize_inputs(block: nn.Module, x: Tensor, bits: dict[str, int], symmetric
                     p: float = 2.4, drop: float = 0.0) -> dict[str, LSQ]:
     """Quantize what single layers of a block get, in place: an LSQ each, started on one run.
 
-    A shortcut and its addition stay float, softmax and norms too: what is rounded is what a layer
-    multiplies its weight with. A ReLU's output is rounded where the next layer takes it, behind
-    the ReLU, so on an unsigned grid.
+    What a layer multiplies its weight with is rounded; shortcuts, their additions, softmax and
+    norms stay float. A ReLU's output is rounded where the next layer takes it, behind the ReLU, so
+    on an unsigned grid.
 
     Args:
         block: run once on x, as it is.
@@ -600,17 +600,24 @@ def quantize_inputs(block: nn.Module, x: Tensor, bits: dict[str, int], symmetric
         bits: of each layer's input, by the layer's name in the block.
 
     Returns:
-        The LSQs by the name of their layer.
+        The LSQs by the name of their layer. A layer that did not run gets none, with a warning.
 
     Raises:
-        ValueError: a layer that did not run, or as search_range does; the block is unchanged.
+        ValueError: a layer called with keywords only, one whose input is quantized already, or as
+            search_range does; the block is unchanged.
     """
     names = {block.get_submodule(name): name for name in bits}
-    seen, made = {}, {}
+    seen = {name: [] for name in bits}
 
-    def look(layer, args):
-        seen.setdefault(names[layer], args[0].detach().clone())
+    def look(layer, args):                                           # maybe more than once a layer
+        if not args:
+            raise ValueError(f"layer {names[layer]!r} is called with keywords only: what is "
+                             "quantized is its first argument")
+        seen[names[layer]].append(args[0].detach().flatten().clone())
 
+    for layer, name in names.items():
+        if hasattr(layer, "input_quantizer"):
+            raise ValueError(f"layer {name!r}: its input is quantized already")
     handles = [layer.register_forward_pre_hook(look) for layer in names]
     try:
         with torch.no_grad():
@@ -618,10 +625,11 @@ def quantize_inputs(block: nn.Module, x: Tensor, bits: dict[str, int], symmetric
     finally:
         for handle in handles:
             handle.remove()
-    for name, b in bits.items():
-        if name not in seen:
-            raise ValueError(f"layer {name!r} did not run: its input has no range")
-        made[name] = LSQ.of(seen[name], b, symmetric, p, drop)
+    made = {name: LSQ.of(torch.cat(parts), bits[name], symmetric, p, drop)
+            for name, parts in seen.items() if parts}
+    if len(made) < len(bits):
+        warnings.warn(f"did not run, so nothing of theirs is quantized: {set(bits) - set(made)}",
+                      stacklevel=2)
     for name, quantizer in made.items():
         place_input_quantizer(block.get_submodule(name), quantizer)
     return made
@@ -652,11 +660,10 @@ def remove_input_quantizers(module: nn.Module) -> None:
 def fold(module: nn.Module, keep: bool = True) -> nn.Module:
     """Remove the quantizers of a module, in place, leaving W_hat as the plain weight; return it.
 
-    A plain layer cannot round its input: quantizers of inputs go without trace, with a warning.
-
     Afterwards classes and state_dict keys are those of the float module and each weight is q(W)
     with hard codes, to the last bit: a new Parameter, so that a float layer which shared the old
-    one keeps its values. keep=False puts the weight from before back instead.
+    one keeps its values. keep=False puts the weight from before back instead. A plain layer cannot
+    round its input: quantizers of inputs are removed, with a warning.
     """
     if input_quantizers(module) and keep:
         warnings.warn("folded layers get float inputs again", stacklevel=2)

@@ -25,13 +25,9 @@ How this differs from the paper and from the authors' code, and why
 - The paper states neither the loss's reduction nor the rate's schedule. Both are as in the authors'
   code, except that it sums over dim 1 always, which for a GPT is the tokens: see block_loss.
 
-- An iteration is recorded once a block as a CUDA graph, where there is CUDA: see _captured.
 
 Activations, where abits asks for them: setting B goes through the blocks a second time to learn the
 steps of the layers' inputs; setting Q learns these with the weights and drops (section 4).
-
-Below the driver stand the integers, out and back (save_quantized, load_quantized), what an
-iteration costs (time_block), and the main job: `python reconstruct.py --help` lists what it can do.
 """
 import argparse
 import copy
@@ -44,7 +40,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterable
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import get_args
@@ -115,8 +111,8 @@ def knob(default, rule, about: str):
 
 @dataclass(frozen=True)
 class ReconstructionConfig:
-    """All settings of a reconstruction; each is a flag of the command line, too (--per-channel).
-    ValueError names the one that is not allowed."""
+    """All settings of a reconstruction; each but layer_bits is a flag of the command line, too
+    (--per-channel). ValueError names the one that is not allowed."""
 
     method: str = knob("flexround", one_of(*METHODS), ", ".join(METHODS))
     bits: int = knob(4, BITS_RULE, "of a weight, 2 to 8; the paper's CNNs: 4, 3, 2")
@@ -141,7 +137,7 @@ class ReconstructionConfig:
     step_lr: float | None = knob(None, or_none(POSITIVE), "first rate of a step's logarithm; None: "
                                  "the setting's, STEP_LR")
     end_bits: int | None = knob(8, or_none(BITS_RULE), "of the first layer of the first block and "
-                                "the last of the last; None (a flag's 0): bits")
+                                "the last of the last; None, or --end-bits 0: no exception")
     device: str | None = knob(None, None, "where a block is computed: it is moved there for its "
                               "turn, and back; None: where it lies")
     cache_device: str | None = knob(None, None, "where cached activations live; None: where blocks "
@@ -184,11 +180,12 @@ class BlockReport:
 
     index: int                               # the block's place in the list
     bits: dict[str, int]                     # of each quantized layer, by its name in the block
-    start_loss: float                        # round to nearest in this block, on the given x_q
+    start_loss: float                        # before learning: round to nearest, or, in the second
+    #                                          pass of setting B, the learned weights
     final_loss: float                        # of the state that was kept: the least of evaluations
     best_iteration: int                      # when that was; 0 is the start
     evaluations: list[tuple[int, float]]     # (iterations done, loss): start, each quarter
-    history: list[float]                     # what Adam saw: a batch's loss at each iteration, for
+    history: list[float]                     # a batch's loss at each iteration, as descended: for
     #                                          AdaRound with soft codes and the regulariser
     seconds: float
     abits: dict[str, int] = field(default_factory=dict)    # of each quantized layer's input
@@ -282,8 +279,8 @@ def reconstruct_block(block: nn.Module, x_q: Tensor, y_fp: Tensor, config: Recon
                       x_fp: Tensor | None = None, index: int = 0, progress=None) -> BlockReport:
     """Learn the factors of a block's quantizers, in place: Adam on block_loss(block(x_q), y_fp).
 
-    Where inputs of layers are quantized (flexround.quantize_inputs), in setting B their steps alone
-    are learned, since the weights have been before; in setting Q all of it together.
+    Where inputs of layers are quantized (flexround.quantize_inputs), setting B learns their steps
+    alone, since the weights have been before, setting Q all of it, round to nearest none.
 
     The rate falls to 0 along a cosine. At the start and after each quarter of the iterations all of
     the calibration set is evaluated with hard codes on x_q, and the best state seen is the one that
@@ -341,13 +338,17 @@ def reconstruct_block(block: nn.Module, x_q: Tensor, y_fp: Tensor, config: Recon
             progress(iteration, loss)
         return loss
 
-    with torch.enable_grad(), _learning(block, learned), _tf32(config.precision == "tf32"), \
-            torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(1000 * config.seed + index)                # what is dropped
+    cuda = device.type == "cuda"
+    with (torch.enable_grad(), _learning(block, learned), _tf32(config.precision == "tf32", device),
+          torch.cuda.device(device) if cuda else nullcontext(),
+          nullcontext() if factors else parametrize.cached(),        # weights that do not change
+          torch.random.fork_rng([device] if cuda else [])):
+        dropped = torch.cuda if cuda else torch.default_generator
+        dropped.manual_seed(1000 * config.seed + index)              # what is dropped
         try:
             best_loss, best_iteration = loss_after(0), 0
             if learned:                                              # not round to nearest
-                history = torch.zeros(config.iterations, device=device)
+                history = torch.zeros(config.iterations, dtype=torch.float32, device=device)
                 marks = evaluation_marks(config.iterations)
                 for i in _iterate(block, factors, steps, x_q, y_fp, x_fp, config, index, history):
                     if i not in marks:
@@ -373,9 +374,10 @@ def reconstruct_block(block: nn.Module, x_q: Tensor, y_fp: Tensor, config: Recon
 
 @contextmanager
 def _learning(block: nn.Module, learned: list[nn.Parameter]):
-    """Within, nothing but `learned` requires a gradient. Afterwards these are frozen, the others'
-    requires_grad is as before, and the block is in eval mode."""
+    """Within, nothing but `learned` requires a gradient. Afterwards the quantizers are frozen, the
+    others' requires_grad is as before, and the block is in eval mode."""
     before = [(p, p.requires_grad) for p in block.parameters()]
+    placed = [*quantizers(block).values(), *input_quantizers(block).values()]
     block.requires_grad_(False)
     for p in learned:
         p.requires_grad_(True)
@@ -384,34 +386,36 @@ def _learning(block: nn.Module, learned: list[nn.Parameter]):
     finally:
         for p, required in before:
             p.requires_grad_(required)
-        for p in learned:
+        for p in (p for q in placed for p in q.parameters()):
             p.requires_grad_(False)
             p.grad = None
         block.eval()
 
 
 @contextmanager
-def _tf32(allowed: bool):
+def _tf32(allowed: bool, device: torch.device):
     """Within, CUDA's float32 matmuls and convolutions may round their inputs to TF32, or not."""
-    cudnn = torch.backends.cudnn
-    before = torch.get_float32_matmul_precision(), cudnn.allow_tf32
-    torch.set_float32_matmul_precision("high" if allowed else "highest")
-    cudnn.allow_tf32 = allowed
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    if hasattr(matmul, "fp32_precision"):                            # torch 2.9 renamed it
+        places, key, value = (matmul, cudnn.conv), "fp32_precision", "tf32" if allowed else "ieee"
+    else:
+        places, key, value = (matmul, cudnn), "allow_tf32", allowed
+    places = places if device.type == "cuda" else ()
+    before = [getattr(place, key) for place in places]
+    for place in places:
+        setattr(place, key, value)
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before[0])
-        cudnn.allow_tf32 = before[1]
+        for place, value in zip(places, before, strict=True):
+            setattr(place, key, value)
 
 
 def _captured(step):
-    """A function that does what step() does by replaying the kernels that step() launches now.
-
-    A small block's iteration is hundreds of kernels of a few microseconds each, and launching them
-    one by one takes longer than running them; a CUDA graph launches all at once. It reads and
-    writes the very tensors that step() has used: so what changes from one iteration to the next has
-    to be copied into them, and the result is always the same tensor. Torch's own generator is known
-    to the graph, so that each replay draws anew.
+    """Records the kernels that step() launches as a CUDA graph, and returns what replays them: one
+    launch instead of hundreds, each of which takes longer than its kernel. A replay reads and
+    writes the very tensors that step() used, so what changes is copied into these before; torch's
+    own generator is known to the graph and goes on drawing.
     """
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -436,7 +440,7 @@ def _aside(step):
 
 def _iterate(block, factors, steps, x_q, y_fp, x_fp, config, index, history):
     """The iterations of reconstruct_block; yields how many are done. Nothing here waits for the
-    device: the loss stays there, in history."""
+    device, unless the cache is elsewhere: the loss stays there, in history."""
     device, total = history.device, config.iterations
     # Its own stream for each block: what one block draws does not depend on the others.
     draw = torch.Generator().manual_seed(1000 * config.seed + index)
@@ -452,7 +456,7 @@ def _iterate(block, factors, steps, x_q, y_fp, x_fp, config, index, history):
     # rates (a cosine that falls to 0), AdaRound's weight and beta, and the batch.
     cosine = [(1 + math.cos(math.pi * i / total)) / 2 for i in range(total)]
     changing = torch.tensor([(lr * c, step_lr * c, *AdaRound.schedule(i / total))
-                             for i, c in enumerate(cosine)], device=device)
+                             for i, c in enumerate(cosine)], dtype=torch.float32, device=device)
     rate, step_rate, weight, beta = now = changing[0].clone()
     batch = batches[0].clone()
     groups = [{"params": p, "lr": r} for p, r in ((factors, rate), (steps, step_rate)) if p]
@@ -464,10 +468,12 @@ def _iterate(block, factors, steps, x_q, y_fp, x_fp, config, index, history):
     def iteration():
         for q in regularised + dropping:
             q.train()                                                # soft codes; dropping
-        x, y = (fetch(t.index_select(0, batch), block, device) for t in (x_q, y_fp))
+        def drawn(t):
+            return fetch(t.index_select(0, batch.to(t.device)), block, device)
+
+        x, y = drawn(x_q), drawn(y_fp)
         if config.drop > 0:                                          # QDrop, element by element
-            full = torch.rand(x.shape, device=device) < config.drop
-            x = torch.where(full, fetch(x_fp.index_select(0, batch), block, device), x)
+            x = torch.where(torch.rand(x.shape, device=device) < config.drop, drawn(x_fp), x)
         with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16",
                             cache_enabled=False):
             y_hat = block(x)
@@ -481,7 +487,8 @@ def _iterate(block, factors, steps, x_q, y_fp, x_fp, config, index, history):
         return loss.detach()
 
     # A batch that comes from another device needs the host, and cannot be recorded.
-    capture = device.type == "cuda" and config.cuda_graph and x_q.device == y_fp.device == device
+    here = all(t.device == device for t in (x_q, y_fp, x_fp) if t is not None)
+    capture = device.type == "cuda" and config.cuda_graph and here
     step = (lambda: _aside(iteration)) if capture else iteration
     for i in range(total):
         now.copy_(changing[i])
@@ -627,22 +634,13 @@ def quantize_model(blocks, calibration: Tensor, config: ReconstructionConfig) ->
 
     abits = plan(blocks, config, inputs=True) if config.abits else None
     two_passes = bool(config.abits) and not config.joint and config.method != "rtn"
-    floats = copy.deepcopy(blocks) if two_passes else blocks         # the second pass's targets
+    floats = copy.deepcopy(blocks) if two_passes else None           # the second pass's targets
     reports = []
     steps = 0 if config.method == "rtn" else config.iterations * (1 + two_passes)
     bar = tqdm(total=steps * sum(map(bool, bits)), disable=None, desc=f"{config.method} "
                f"W{config.bits}{f'A{config.abits}, {config.setting}' if config.abits else ''}")
     if not bar.disable:
         bar.write(f"cached activations: at most {size / 1e6:,.1f} MB on {cache}", file=sys.stderr)
-
-    def place(i, x_q, weights, activations):
-        """Put the quantizers of a block in place; its activations are seen before its weights'."""
-        if activations:
-            quantize_inputs(blocks[i], fetch(x_q[:64], blocks[i], device), abits[i],
-                            config.symmetric, config.p, QDROP if config.joint else 0.0)
-        if weights:                                                  # all but what plan left out:
-            skip = set(quantizable_layers(blocks[i])) - set(bits[i])     # tied elsewhere
-            quantize_layers(blocks[i], config, bits[i], skip)
 
     def sweep(targets, weights, activations):
         """The loop at the head of this file. Each pass is one."""
@@ -663,7 +661,13 @@ def quantize_model(blocks, calibration: Tensor, config: ReconstructionConfig) ->
                     bar.update(done + iteration - bar.n)
 
                 try:
-                    place(i, x_q, weights, activations)
+                    if activations:                                  # their steps: on one batch
+                        quantize_inputs(block, fetch(x_q[:config.batch_size], block, device),
+                                        abits[i], config.symmetric, config.p,
+                                        QDROP if config.joint else 0.0)
+                    if weights:                                      # less what is tied elsewhere
+                        skip = set(quantizable_layers(block)) - set(bits[i])
+                        quantize_layers(block, config, bits[i], skip)
                     x_fp = x_fp if config.drop > 0 else None         # else its memory is free
                     reports.append(reconstruct_block(block, x_q, y_fp, config, x_fp, i, progress))
                 except BaseException:
@@ -674,7 +678,7 @@ def quantize_model(blocks, calibration: Tensor, config: ReconstructionConfig) ->
                 if i < last:
                     x_fp, x_q = y_fp, outputs(block, x_q)
 
-    with bar, _tf32(config.precision == "tf32"):
+    with bar, _tf32(config.precision == "tf32", device):
         if two_passes:
             sweep(blocks, weights=True, activations=False)
             sweep(floats, weights=False, activations=True)
@@ -716,8 +720,9 @@ def _decode(file: dict) -> dict[str, Tensor]:
         W_hat = file["s1"][name] * (codes - file["zero_point"][name])
         state[f"{name}.weight" if name else "weight"] = W_hat
     for name, q in file["inputs"].items():
-        state |= {f"{name}.input_quantizer.{key}".lstrip("."): q[key]
-                  for key in ("log_step", "zero_point")}
+        codes = torch.tensor(code_range(q["bits"], q["signed"]))
+        state |= {f"{name}.input_quantizer.{key}".lstrip("."): value for key, value in
+                  (("log_step", q["log_step"]), ("zero_point", q["zero_point"]), ("codes", codes))}
     return state
 
 
@@ -747,8 +752,7 @@ def save_quantized(model: nn.Module, path) -> int:
         rest              what else state_dict holds: biases, norms, embeddings, other buffers
         sha256            of all tensors that the loaded network will have
 
-    It is written beside path and then moved there: a file by that name is never half a file, and
-    one that was there before survives a failure.
+    It is written beside path and then moved there: a file of that name is never half a file.
 
     Args:
         model: holds quantizers (quantize_model, not folded yet).
@@ -852,9 +856,8 @@ def time_block(block: nn.Module, x: Tensor, config: ReconstructionConfig, rounds
     """Seconds of one iteration of a float block's reconstruction, beside its floor; medians.
 
     The floor is the block's own forward and backward on one batch, in plain weights: nothing that
-    learns by gradient can be faster. All are timed in turn, so that a noisy machine is as noisy for
-    each. On CUDA a round is 50 iterations, and both are also timed as replayed CUDA graphs. The
-    block itself is left alone.
+    learns by gradient can be faster. All are timed in turn. On CUDA a round is 50 iterations, and
+    both are also timed as replayed CUDA graphs. The block itself is left alone.
 
     Args:
         x: (N, ...) inputs of the block, beside it; N at least config.batch_size.
@@ -873,12 +876,16 @@ def time_block(block: nn.Module, x: Tensor, config: ReconstructionConfig, rounds
     def floor():
         for W in weights:
             W.grad = None
-        plain(batch).backward(G)
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16",
+                            cache_enabled=False):
+            y = plain(batch)
+        y.backward(G.to(y.dtype))
 
     repeat = 50 if cuda else 1
     total = (rounds + 1) * repeat + 3
     steps = {"floor": floor}
-    with torch.enable_grad(), _tf32(config.precision == "tf32"):
+    with (torch.enable_grad(), _tf32(config.precision == "tf32", device),
+          torch.cuda.device(device) if cuda else nullcontext()):
         for graph in [False, True] if cuda else [False]:
             hat = copy.deepcopy(block)
             learned = [p for q in quantize_layers(hat, config).values() for p in q.parameters()]
@@ -992,7 +999,8 @@ def parser() -> argparse.ArgumentParser:
     add("--study", metavar="NAME", help="append each run to --results under this name, and take "
         "from there what ran before: a long study can be stopped and continued")
     add("--results", metavar="FILE", default="docs/results.jsonl", help="runs, one JSON a line")
-    add("--time", action="store_true", help="only time an iteration of some blocks and its floor")
+    add("--time", action="store_true", help="only time an iteration of some blocks and its floor, "
+        "with --device and --precision")
     return flags
 
 
@@ -1024,7 +1032,8 @@ def one_run(name: str, task, config: ReconstructionConfig, full: float):
     machine = (torch.cuda.get_device_name(device) if device.type == "cuda" else
                f"{platform.machine()}, {torch.get_num_threads()} threads")
     return net, {
-        "network": name, "about": task.about, "config": asdict(config), "full": full,
+        "network": name, "about": task.about, "samples": len(task.calibration),
+        "config": asdict(config), "full": full,
         "score": score, "loss": reports[-1].final_loss, "seconds": round(seconds, 1),
         "kept_last": sum(r.best_iteration == config.iterations for r in reports) / len(reports),
         "block_seconds": [round(r.seconds, 2) for r in reports],
@@ -1033,22 +1042,48 @@ def one_run(name: str, task, config: ReconstructionConfig, full: float):
         "machine": f"{machine}, torch {torch.__version__}"}
 
 
-def same_run(record: dict, study: str, name: str, about: str, config: ReconstructionConfig) -> bool:
-    """Whether a record is of this run. Settings that came later had their defaults."""
-    then = ReconstructionConfig(**record["config"])
-    return (record["study"], record["network"], record["about"]) == (study, name, about) and \
-        replace(then, device=None, cache_device=None) == replace(config, device=None,
-                                                                 cache_device=None)
+def same_run(record: dict, study: str, name: str, task, config: ReconstructionConfig) -> bool:
+    """Whether a record is of this run, on whatever device. Settings that came later had their
+    defaults; a record of settings that are gone is another run's."""
+    if any(record[key] != value for key, value in (
+            ("study", study), ("network", name), ("about", task.about),
+            ("samples", len(task.calibration)))):
+        return False
+    try:
+        then = ReconstructionConfig(**record["config"])
+    except TypeError:
+        return False
+    return replace(then, device=None, cache_device=None) == replace(config, device=None,
+                                                                    cache_device=None)
 
 
 def read_results(path) -> list[dict]:
-    """The runs of a results file, one JSON a line; none where there is no file."""
-    try:
-        return [json.loads(line) for line in Path(path).read_text().splitlines()]
-    except FileNotFoundError:
-        return []
-    except ValueError as error:
-        raise ValueError(f"{path}: not a file of results, one JSON a line ({error})") from error
+    """The runs of a results file, one JSON a line; none where there is no file. A last line that
+    was cut off is left out with a warning: that run is made again."""
+    lines = Path(path).read_text().splitlines() if Path(path).exists() else []
+    records = []
+    for i, line in enumerate(lines):
+        try:
+            records.append(json.loads(line))
+        except ValueError as error:
+            if i < len(lines) - 1:
+                raise ValueError(f"{path}: line {i + 1} is no JSON ({error})") from error
+            warnings.warn(f"{path}: its last line is cut off", stacklevel=2)
+    return records
+
+
+def append_result(path, record: dict) -> None:
+    """Write a run as a line of its own, also where the last line was cut off: that one goes."""
+    text = Path(path).read_text() if Path(path).exists() else ""
+    if text and not text.endswith("\n"):
+        whole, _, last = text.rpartition("\n")
+        try:
+            json.loads(last)
+            Path(path).write_text(text + "\n")
+        except ValueError:
+            Path(path).write_text(whole + "\n" * bool(whole))
+    with open(path, "a") as out:
+        out.write(json.dumps(record) + "\n")
 
 
 def table(records: list[dict]) -> str:
@@ -1063,16 +1098,18 @@ def table(records: list[dict]) -> str:
             seen.setdefault((config["method"], key), set()).add(str(value))
     hidden = ("method", "bits", "abits", "seed", "batch_size", "device", "cache_device",
               "layer_bits")
-    cells, rows, columns = {}, {}, {}
+    cells, full, columns = {}, {}, {}
     for record in records:
         config = record["config"]
-        settings = [f"{k} {v}" for k, v in config.items() if k not in hidden and v is not None
-                    and (k == "lr" or len(seen[config["method"], k]) > 1
-                         and v != getattr(ReconstructionConfig, k))]
+        settings = [f"{k} {v}" for k, v in config.items() if k not in hidden and (
+            k == "lr" and v is not None or len(seen[config["method"], k]) > 1
+            and v != getattr(ReconstructionConfig, k))]
         abits = f"A{config['abits']}" if config.get("abits") else ""
-        row = f"{record['network']} | W{config['bits']}{abits} | {record['full']:.2f}"
+        row = f"{record['network']} | W{config['bits']}{abits}"
+        full.setdefault(row, []).append(record["full"])              # of other images with each
+        #                                                              seed where the split is train
         column = ", ".join([NAMES[config["method"]], *settings])
-        rows[row] = columns[column] = None                           # in the order of the records
+        columns[column] = None                                       # in the order of the records
         cells.setdefault((row, column), []).append(record)
 
     def cell(runs):
@@ -1083,11 +1120,13 @@ def table(records: list[dict]) -> str:
         spread = f"{least} to {most}; " if least != most else ""
         return f"{middle} ({spread}{statistics.median(seconds):.0f} s)"
 
+    rows = {row: f"{row} | {statistics.median(scores):.2f}" for row, scores in full.items()}
     if len(columns) <= 7:
         lines = [["network | bits | full precision", *columns]] + [
-            [row, *(cell(cells.get((row, c))) for c in columns)] for row in rows]
+            [head, *(cell(cells.get((row, c))) for c in columns)] for row, head in rows.items()]
     else:
-        lines = [["network, bits, full precision", *(r.replace(" |", ",") for r in rows)]] + [
+        lines = [["network, bits, full precision",
+                  *(head.replace(" |", ",") for head in rows.values())]] + [
             [c, *(cell(cells.get((row, c))) for row in rows)] for c in columns]
     rule = "|---" * (" | ".join(lines[0]).count(" | ") + 1) + "|"
     head, *body = (f"| {' | '.join(line)} |" for line in lines)
@@ -1123,7 +1162,8 @@ def main(arguments=None) -> None:
 
     configs = [ReconstructionConfig(**{**settings, "method": method, "bits": bits, "seed": seed,
                                        "lr": rate(method)})
-               for bits in args.bits for method in args.method for seed in args.seed]
+               for bits in dict.fromkeys(args.bits) for method in dict.fromkeys(args.method)
+               for seed in dict.fromkeys(args.seed)]
     if args.time:
         return print_times(models, args.device, args.precision)
     if (args.save and (len(args.model), len(configs)) != (1, 1)) or (
@@ -1148,10 +1188,13 @@ def main(arguments=None) -> None:
           f"{', '.join(map(str, args.seed))}; torch {torch.__version__} on {args.device}, "
           f"{torch.get_num_threads()} threads, {platform.machine()}")
     full = {}
-    for name in args.model:
-        task = tasks[name, args.seed[0]]
-        full[name] = task.score(task.net.to(args.device))
-        task.net.cpu()                                               # from now on block by block
+    for (name, seed), task in tasks.items():
+        if seed == args.seed[0] or args.split == "train":            # there it has its own images
+            full[name, seed] = task.score(task.net.to(args.device))
+            task.net.cpu()                                           # from now on block by block
+        full.setdefault((name, seed), full[name, args.seed[0]])
+        if seed != args.seed[0]:
+            continue
         bits = {f"{i}.{n}": b for i, layers in enumerate(plan(task.net.blocks, configs[0]))
                 for n, b in layers.items()}
         ends = [n for n, b in bits.items() if args.end_bits and b == args.end_bits]
@@ -1174,19 +1217,18 @@ def main(arguments=None) -> None:
                 config = replace(config, batch_size=task.batch_size)
             about = (f"W{config.bits}{f'A{config.abits} {config.setting}' if config.abits else ''} "
                      f"{NAMES[config.method]}, seed {config.seed}")
-            known = [r for r in earlier if same_run(r, args.study, row, task.about, config)]
-            if known:
+            known = [r for r in earlier if same_run(r, args.study, row, task, config)]
+            if known and not args.save:
                 records.append(known[0])
                 continue
             try:
-                net, record = one_run(row, task, config, full[name])
+                net, record = one_run(row, task, config, full[name, config.seed])
             except FloatingPointError as error:                      # the others go on
                 print(f"{row} {about}: {error}", file=sys.stderr)
                 continue
             records.append(record)
-            if args.study:                                           # a line is written whole
-                with open(args.results, "a") as out:
-                    out.write(json.dumps({"study": args.study, **record}) + "\n")
+            if args.study and not known:
+                append_result(args.results, {"study": args.study, **record})
             took = record["block_seconds"]
             print(f"{row} {about}: {record['score']:.2f} ({record['seconds']:.0f} s; a block "
                   f"{statistics.median(took):.1f}, at most {max(took):.1f})", flush=True)
