@@ -333,7 +333,8 @@ class Division(torch.autograd.Function):
         code = u.round()
         k = code.clamp(lo, hi)
         s1 = log_s1.exp()
-        slope = u.mul_(code == k).mul_(-s1)                          # inside: the clamp did nothing
+        # -W / S'^2, times S' for the logarithm, is -s1 u; inside the grid, where clamp did nothing.
+        slope = u.mul_(code == k).mul_(-s1)
         W_hat = k.mul_(s1)                                           # Eq. 1: outside is s1 alone
         ctx.save_for_backward(slope, W_hat)
         ctx.shapes = [None if log is None else log.shape for log in (log_s1, log_s3, log_s4)]
@@ -401,7 +402,7 @@ class FlexRound(RoundToNearest):
 
     @torch.no_grad()
     def integers(self, W):
-        return (self(W) / self.s1).round()                           # W_hat = s1 k, back to k
+        return (self(W) / self.s1).round()       # W_hat = s1 k: so Eq. 2 stands once, in Division
 
     def forward(self, W):
         return Division.apply(W, self.log_s1, self.log_S2, self.log_s3, self.log_s4, *self.bounds)
@@ -628,8 +629,8 @@ def quantize_inputs(block: nn.Module, x: Tensor, bits: dict[str, int], symmetric
     made = {name: LSQ.of(torch.cat(parts), bits[name], symmetric, p, drop)
             for name, parts in seen.items() if parts}
     if len(made) < len(bits):
-        warnings.warn(f"did not run, so nothing of theirs is quantized: {set(bits) - set(made)}",
-                      stacklevel=2)
+        warnings.warn(f"these layers were not called, their inputs stay float (their weights do "
+                      f"not): {set(bits) - set(made)}", stacklevel=2)
     for name, quantizer in made.items():
         place_input_quantizer(block.get_submodule(name), quantizer)
     return made

@@ -763,8 +763,9 @@ def load_task(name: str, data=None, checkpoint=None, cache="cache", split: str =
     """
     if split not in ("test", "train"):
         raise ValueError(f"split = {split!r}: 'test' and 'train' are allowed")
-    if spread != 1 and name not in ("resnet", "resnet20"):
-        raise ValueError(f"spread = {spread}: of resnet and resnet20 only, not of {name}")
+    if not spread > 0 or (spread != 1 and name not in ("resnet", "resnet20")):
+        raise ValueError(f"rescale = {spread}: a positive number is allowed, of {name} only 1 "
+                         "(others for resnet and resnet20)")
     needs = {"resnet20": "the folder of CIFAR-10's binary files", "resnet18": "ImageNet's folder",
              "resnet50": "ImageNet's folder", "shakespeare": "a text file, tinyshakespeare.txt",
              "gpt2": "the folder of WikiText-2's files"}

@@ -25,7 +25,6 @@ How this differs from the paper and from the authors' code, and why
 - The paper states neither the loss's reduction nor the rate's schedule. Both are as in the authors'
   code, except that it sums over dim 1 always, which for a GPT is the tokens: see block_loss.
 
-
 Activations, where abits asks for them: setting B goes through the blocks a second time to learn the
 steps of the layers' inputs; setting Q learns these with the weights and drops (section 4).
 """
@@ -633,6 +632,7 @@ def quantize_model(blocks, calibration: Tensor, config: ReconstructionConfig) ->
         return run(block, x, config.batch_size, device, cache, config.cache_dtype)
 
     abits = plan(blocks, config, inputs=True) if config.abits else None
+    # Setting B; setting Q is config.joint. Round to nearest learns nothing: one pass in either.
     two_passes = bool(config.abits) and not config.joint and config.method != "rtn"
     floats = copy.deepcopy(blocks) if two_passes else None           # the second pass's targets
     reports = []
@@ -796,9 +796,9 @@ def save_quantized(model: nn.Module, path) -> int:
 def load_quantized(model: nn.Module, path) -> nn.Module:
     """Put the weights of a file of save_quantized into a float network; return it in eval mode.
 
-    The result equals what fold() of the saved model would be (torch.equal; a weight -0.0 becomes
-    0.0): plain layers that hold W_hat. Where inputs of layers were quantized, they are again. All
-    is checked before the first tensor is changed.
+    The result computes what the saved model does, with plain layers that hold W_hat (torch.equal; a
+    weight -0.0 becomes 0.0); where inputs of layers were quantized, they are again. All is checked
+    before the first tensor is changed.
 
     Args:
         model: the float architecture of the saved model, batch norm folded where it was there; its
@@ -975,14 +975,15 @@ def parser() -> argparse.ArgumentParser:
         if "about" not in f.metadata:
             continue
         kind = next(t for t in (*get_args(f.type), f.type) if t is not type(None))
+        allowed = f" [{f.metadata['rule'][0]}]" if f.metadata["rule"] else ""
         add("--" + f.name.replace("_", "-"), default=many.get(f.name, f.default),
-            help=f.metadata["about"].replace("%", "%%"), **(
+            help=f.metadata["about"] + allowed, **(
                 {"action": argparse.BooleanOptionalAction} if kind is bool else
                 {"type": kind, "nargs": "+" if f.name in many else None}))
     flags.set_defaults(iterations=250, batch_size=None,
                        device="cuda" if torch.cuda.is_available() else "cpu")
-    add("--samples", type=int, help="calibration inputs (default: 512 digits, 1,024 other "
-                                    "images, 128 sequences)")
+    add("--samples", type=int, help="calibration inputs, drawn by the seed; None: 512 digits, "
+                                    "1,024 other images, 128 sequences")
     add("--rescale", type=float, default=1.0, help="resnet, resnet20: multiply channels by up to "
         "this and divide by it behind the ReLU, which changes no output (an experiment)")
     add("--split", choices=["test", "train"], default="test",
@@ -991,8 +992,8 @@ def parser() -> argparse.ArgumentParser:
     add("--data", help="resnet20, mobilenet (in place of digits): folder of CIFAR-10's binary "
         "files; resnet18, resnet50: folder with ImageNet's train and val; gpt2: folder of "
         "WikiText-2's wiki.*.raw; gpt, shakespeare: a text file")
-    add("--checkpoint", help="file of resnet20's, resnet18's, resnet50's or gpt2's weights "
-                             "(default: downloaded)")
+    add("--checkpoint", help="file of resnet20's, resnet18's, resnet50's or gpt2's weights; None: "
+                             "downloaded")
     add("--cache", default="cache", help="folder of the small networks once trained")
     add("--save", metavar="FILE", help="write the integers (one model, one method, one --bits)")
     add("--load", metavar="FILE", help="score a file of --save instead of quantizing (one model)")
@@ -1157,7 +1158,8 @@ def main(arguments=None) -> None:
         del settings["batch_size"]
 
     def rate(method):
-        given = args.lr if args.lr is not None or args.optimizer == "sgd" else DEFAULT_LR[method]
+        given = args.lr if args.lr is not None or args.optimizer == "sgd" else \
+            DEFAULT_LR.get(method)
         return None if method == "rtn" else given
 
     configs = [ReconstructionConfig(**{**settings, "method": method, "bits": bits, "seed": seed,
@@ -1170,6 +1172,12 @@ def main(arguments=None) -> None:
             args.load and (len(args.model) != 1 or args.save)):
         raise ValueError("--save takes one each of --model, --method, --bits and --seed, and "
                          "--load one --model without --save")
+    for flag in ("device", "cache_device"):
+        try:
+            torch.empty(0, device=getattr(args, flag))
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: "
+                             f"{str(error).splitlines()[0]}") from error
     for flag in ("save", "results"):
         path = args.save if flag == "save" else args.study and args.results
         if path and not Path(path).absolute().parent.is_dir():
@@ -1207,7 +1215,7 @@ def main(arguments=None) -> None:
               f"median; {len(task.calibration)} calibration inputs, cached activations at most "
               f"{cache_bytes(task.net.blocks[:last + 1], task.calibration, configs[0]) / 1e6:,.1f}"
               " MB")
-    records = []
+    records, made = [], 0
     earlier = read_results(args.results) if args.study else []
     for name in args.model:
         row = name if args.rescale == 1 else f"{name}, channels x {args.rescale:g}"
@@ -1227,6 +1235,7 @@ def main(arguments=None) -> None:
                 print(f"{row} {about}: {error}", file=sys.stderr)
                 continue
             records.append(record)
+            made += 1
             if args.study and not known:
                 append_result(args.results, {"study": args.study, **record})
             took = record["block_seconds"]
@@ -1237,6 +1246,9 @@ def main(arguments=None) -> None:
                       f"{sum(4 * p.numel() for p in task.net.parameters()):,}; {proof(net, task)}")
     if records:
         print(f"\n{table(records)}")
+    if made < len(records):
+        print(f"\n{len(records) - made} of these {len(records)} runs were not made now but taken "
+              f"from {args.results}; --results names another file")
     print(f"\nPeak memory: {peak_memory(args.device)}")
 
 
@@ -1245,3 +1257,5 @@ if __name__ == "__main__":
         main()
     except (ValueError, OSError, ImportError, RuntimeError) as problem:
         sys.exit(f"reconstruct.py: {problem}")
+    except KeyboardInterrupt:
+        sys.exit("reconstruct.py: stopped; with --study the same command goes on from here")

@@ -1728,6 +1728,7 @@ def test_the_main_job_in_small(tmp_path):
     assert [r["config"]["bits"] for r in first if r["study"] == "trial"] == [3, 3, 2, 2]
     done = command(*same, "--bits", "3", "--method", "flexround", "--seed", "0", "1", cwd=tmp_path)
     assert done.stdout.count("FlexRound, seed") == 1 and "FlexRound, seed 1" in done.stdout
+    assert "1 of these 2 runs were not made now but taken from runs.jsonl" in done.stdout
     records = reconstruct.read_results(tmp_path / "runs.jsonl")
     assert records[:4] == first and len(records) == 5
     a, b = sorted((records[1]["score"], records[4]["score"]))
@@ -1994,7 +1995,7 @@ def test_which_inputs_are_seen():
 
     block, x = Odd(), torch.randn(8, 3)
     before = x.clone()
-    with pytest.warns(UserWarning, match="did not run.*never"):
+    with pytest.warns(UserWarning, match="not called.*never"):
         made = flexround.quantize_inputs(block, x, {"twice": 4, "never": 4})
     assert torch.equal(x, before) and list(made) == ["twice"] and made["twice"].signed
     with pytest.raises(ValueError, match="'twice': its input is quantized already"):
@@ -2467,12 +2468,16 @@ def test_what_is_not_done_as_asked_is_said():
     (["--model", "gpt", "--data", "nowhere.txt"], "nowhere.txt"),
     (["--lr", "-1"], "lr = -1.0"),
     (["--lr", "0"], "lr = 0.0"),
+    (["--method", "gptq"], "method = 'gptq': rtn or adaround"),
+    (["--device", "nowhere"], "--device nowhere: "),
+    (["--cache-device", "nowhere"], "--cache-device nowhere: "),
+    (["--model", "resnet", "--rescale", "0"], "rescale = 0.0: a positive number"),
     (["--batch-size", "0"], "batch_size = 0"),
     (["--study", "x", "--results", "nowhere/x"], "--results nowhere/x: there is no such folder"),
     (["--model", "resnet50"], "resnet50 needs ImageNet's folder (--data)"),
     (["--model", "resnet18", "--data", "nowhere"], "nowhere must hold train and val"),
     (["--model", "gpt2", "--data", "nowhere"], "no wiki.test.raw and no wikitext2.test.txt"),
-    (["--model", "gpt", "--rescale", "2"], "spread = 2.0: of resnet and resnet20 only"),
+    (["--model", "gpt", "--rescale", "2"], "rescale = 2.0: a positive number is"),
     (["--model", "shakespeare"], "--data"),
     (["--model", "resnet", "--samples", "5000"], "samples = 5000: 1 to 1199 are allowed"),
 ])
