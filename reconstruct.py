@@ -208,21 +208,25 @@ def dtype_in_cache(x: Tensor, cache_dtype: str | None) -> torch.dtype:
     return getattr(torch, cache_dtype) if cache_dtype and x.is_floating_point() else x.dtype
 
 
-def fetch(x: Tensor, block: nn.Module, device, copy: bool = False) -> Tensor:
-    """A batch from the cache on the device, in the block's dtype where it is floating."""
-    dtype = next((p.dtype for p in block.parameters() if x.is_floating_point()), x.dtype)
-    return x.to(device, dtype, copy=copy)
+def dtype_of(block: nn.Module) -> torch.dtype | None:
+    """The dtype of the first parameter; None where there is none: then that of the cache."""
+    return next((p.dtype for p in block.parameters()), None)
+
+
+def fetch(x: Tensor, dtype: torch.dtype | None, device, copy: bool = False) -> Tensor:
+    """A batch from the cache on the device, in this dtype where it is floating."""
+    return x.to(device, dtype if dtype and x.is_floating_point() else x.dtype, copy=copy)
 
 
 @torch.no_grad()
 def run(block: nn.Module, x: Tensor, batch_size: int, device, cache_device,
         cache_dtype: str | None = None) -> Tensor:
     """block(x) for all of x, a batch at a time; the result lies on cache_device, in cache_dtype."""
-    out = None
+    out, dtype = None, dtype_of(block)
     with parametrize.cached():                                       # quantize each weight once
         for i in range(0, len(x), batch_size):
             # A copy: a block may begin with an in-place ReLU, and x is used again.
-            y = block(fetch(x[i:i + batch_size], block, device, copy=True))
+            y = block(fetch(x[i:i + batch_size], dtype, device, copy=True))
             if out is None:
                 out = torch.empty(len(x), *y.shape[1:], dtype=dtype_in_cache(y, cache_dtype),
                                   device=cache_device)
@@ -233,11 +237,11 @@ def run(block: nn.Module, x: Tensor, batch_size: int, device, cache_device,
 @torch.no_grad()
 def evaluate(block: nn.Module, x: Tensor, y_fp: Tensor, batch_size: int, device) -> float:
     """block_loss over all of x, a batch at a time."""
-    total = 0.0
+    total, dtype = 0.0, dtype_of(block)
     with parametrize.cached():
         for xs, ys in zip(x.split(batch_size), y_fp.split(batch_size), strict=True):
-            y = block(fetch(xs, block, device, copy=True))
-            total += len(xs) * block_loss(y, fetch(ys, block, device))
+            y = block(fetch(xs, dtype, device, copy=True))
+            total += len(xs) * block_loss(y, fetch(ys, dtype, device))
     return float(total) / len(x)
 
 
@@ -440,7 +444,7 @@ def _aside(step):
 def _iterate(block, factors, steps, x_q, y_fp, x_fp, config, index, history):
     """The iterations of reconstruct_block; yields how many are done. Nothing here waits for the
     device, unless the cache is elsewhere: the loss stays there, in history."""
-    device, total = history.device, config.iterations
+    device, dtype, total = history.device, dtype_of(block), config.iterations
     # Its own stream for each block: what one block draws does not depend on the others.
     draw = torch.Generator().manual_seed(1000 * config.seed + index)
     size = min(config.batch_size, len(x_q))
@@ -468,7 +472,7 @@ def _iterate(block, factors, steps, x_q, y_fp, x_fp, config, index, history):
         for q in regularised + dropping:
             q.train()                                                # soft codes; dropping
         def drawn(t):
-            return fetch(t.index_select(0, batch.to(t.device)), block, device)
+            return fetch(t.index_select(0, batch.to(t.device)), dtype, device)
 
         x, y = drawn(x_q), drawn(y_fp)
         if config.drop > 0:                                          # QDrop, element by element
@@ -662,8 +666,8 @@ def quantize_model(blocks, calibration: Tensor, config: ReconstructionConfig) ->
 
                 try:
                     if activations:                                  # their steps: on one batch
-                        quantize_inputs(block, fetch(x_q[:config.batch_size], block, device),
-                                        abits[i], config.symmetric, config.p,
+                        quantize_inputs(block, fetch(x_q[:config.batch_size], dtype_of(block),
+                                                     device), abits[i], config.symmetric, config.p,
                                         QDROP if config.joint else 0.0)
                     if weights:                                      # less what is tied elsewhere
                         skip = set(quantizable_layers(block)) - set(bits[i])
