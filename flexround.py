@@ -486,13 +486,18 @@ METHODS = {"rtn": RoundToNearest, "adaround": AdaRound, "adaquant": AdaQuant,
 SWITCHES = {AdaQuant: ["V_in_steps"], FlexRound: ["learn_s1", "use_s3_s4"]}    # a method's own
 
 
+def start_of(q: RoundToNearest, W: Tensor, p: float = 2.4) -> RoundToNearest:
+    """Round to nearest on the grid that q started from, by the same search."""
+    return RoundToNearest(W, q.bits, q.symmetric, q.per_channel, p=p)
+
+
 def grid_shift(q: RoundToNearest, W: Tensor, p: float = 2.4) -> Tensor:
     """How many grid steps q moves each weight from round to nearest: int32, W's shape.
 
     The difference of the codes, each on its own grid: q's with s1 as learned, round to nearest's
     with s1 as search_range finds it. (Figs. 3 to 6; the paper does not say which s1 it takes.)
     """
-    return q.codes(W) - RoundToNearest(W, q.bits, q.symmetric, q.per_channel, p=p).codes(W)
+    return q.codes(W) - start_of(q, W, p).codes(W)
 
 
 # ---- The seam: a quantizer is a parametrization of a layer's weight ------------------------------

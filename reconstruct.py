@@ -58,7 +58,6 @@ from flexround import (
     AdaRound,
     code_range,
     fold,
-    grid_shift,
     input_quantizers,
     place_input_quantizer,
     quantizable_layers,
@@ -66,7 +65,7 @@ from flexround import (
     quantize_layers,
     quantizers,
     remove_input_quantizers,
-    search_range,
+    start_of,
 )
 
 # Adam's first rate at 1,000 iterations a block where the caller names none, the best of a search on
@@ -97,7 +96,7 @@ def is_number(v) -> bool:
     return isinstance(v, int | float) and not isinstance(v, bool)
 
 
-BITS_RULE = "an integer from 2 to 8", lambda v: type(v) is int and v in BITS
+BITS_RULE = f"an integer from {BITS[0]} to {BITS[-1]}", lambda v: type(v) is int and v in BITS
 POSITIVE = "a positive number", lambda v: is_number(v) and 0 < v < math.inf
 SHARE = "a probability from 0 to 1", lambda v: is_number(v) and 0 <= v <= 1
 SWITCH = one_of(True, False)
@@ -1027,9 +1026,9 @@ def one_run(name: str, task, config: ReconstructionConfig, full: float):
     moved, ratios = [], []
     for layer, q in quantizers(net).items():
         W = net.get_submodule(layer).parametrizations.weight.original
-        moved.append(grid_shift(q, W, config.p).abs().flatten())
-        start = search_range(W, q.bits, q.symmetric, q.per_channel, config.p)[0]
-        ratios.append(float((q.log_s1 - start).exp().median()))
+        start = start_of(q, W, config.p)                             # one search for both figures
+        moved.append((q.codes(W) - start.codes(W)).abs().flatten())
+        ratios.append(float((q.log_s1 - start.log_s1).exp().median()))
     moved = torch.cat(moved)
     with parametrize.cached():                                       # quantize each weight once
         score = task.score(net)
