@@ -491,13 +491,17 @@ def start_of(q: RoundToNearest, W: Tensor, p: float = 2.4) -> RoundToNearest:
     return RoundToNearest(W, q.bits, q.symmetric, q.per_channel, p=p)
 
 
-def grid_shift(q: RoundToNearest, W: Tensor, p: float = 2.4) -> Tensor:
+@torch.no_grad()
+def grid_shift(q: RoundToNearest, W: Tensor, p: float = 2.4, learned_s1: bool = False) -> Tensor:
     """How many grid steps q moves each weight from round to nearest: int32, W's shape.
 
     The difference of the codes, each on its own grid: q's with s1 as learned, round to nearest's
-    with s1 as search_range finds it. (Figs. 3 to 6; the paper does not say which s1 it takes.)
+    with s1 as search_range finds it. So a smaller s1 alone shifts every large weight; learned_s1
+    takes q's s1 for both, which leaves what S2, s3, s4 (or V) do. (Figs. 3 to 6; the paper does
+    not say which s1 it takes.)
     """
-    return q.codes(W) - start_of(q, W, p).codes(W)
+    nearest = RoundToNearest.integers(q, W) if learned_s1 else start_of(q, W, p).integers(W)
+    return (q.integers(W) - nearest).to(torch.int32)
 
 
 # ---- The seam: a quantizer is a parametrization of a layer's weight ------------------------------

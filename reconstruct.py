@@ -521,7 +521,8 @@ def plan(blocks, config: ReconstructionConfig, inputs: bool = False) -> list[dic
 
     nn.Linear and nn.Conv2d are quantized; embeddings, a head tied to an embedding, norms and all
     else stay float. end_bits goes to the first layer of the first block and the last of the last,
-    where the block has one; layer_bits goes before both. Warns of other layers' weight matrices.
+    where the block has one; layer_bits goes before both. Warns of other layers' weight matrices,
+    and where end_bits leaves no layer at bits.
 
     Raises:
         ValueError: layer_bits names what is not there, a layer stands in two blocks, there is
@@ -552,6 +553,9 @@ def plan(blocks, config: ReconstructionConfig, inputs: bool = False) -> list[dic
             bits[name] = config.end_bits
     if not inputs:
         bits.update(config.layer_bits)
+        if set(bits.values()) == {config.end_bits} != {config.bits}:
+            warnings.warn(f"no layer is left at bits = {config.bits}: {bits}; end_bits = None "
+                          "makes no exception of the first and the last", stacklevel=3)
     return [{name.partition(".")[2]: b for name, b in bits.items() if name.split(".")[0] == str(i)}
             for i in range(len(blocks))]
 

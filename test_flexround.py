@@ -3,8 +3,10 @@
 No test needs the network, a GPU or ../shared: what is not there is skipped, with the reason.
 Expected values are literals, or are computed a second way, by the loops in numpy below.
 """
+import base64
 import copy
 import importlib.util
+import json
 import os
 import re
 import subprocess
@@ -314,6 +316,24 @@ def test_adaquant_in_grid_steps_and_how_far_weights_move():
     moved = flexround.grid_shift(q, W)
     inside = RoundToNearest(W, 4).codes(W) <= 5                      # 5 + 2 is the last code
     assert (moved[inside] == 2).all() and (moved[~inside] < 2).all() and not inside.all()
+
+
+@over_grids
+def test_a_shift_with_and_without_what_the_step_shifts(symmetric):
+    W = weight((6, 5))
+    q = FlexRound(W, 8, symmetric)
+    with torch.no_grad():
+        q.log_s1 -= np.log(1.25)                                     # a finer grid: codes grow
+    u = torch.round(W / q.s1), torch.round(1.25 ** -1 * W / q.s1)
+    far = [((t + q.zero_point).clamp(q.lo, q.hi)).int() for t in u]
+    assert torch.equal(flexround.grid_shift(q, W), far[0] - far[1]) and (far[0] != far[1]).any()
+    assert not flexround.grid_shift(q, W, learned_s1=True).any()
+    with torch.no_grad():
+        q.log_S2[0] += np.log(2)
+    k = [torch.round(W[0] / d / q.s1) for d in (2, 1)]
+    k = [t.clamp(q.lo - q.zero_point, q.hi - q.zero_point) for t in k]
+    moved = flexround.grid_shift(q, W, learned_s1=True)
+    assert torch.equal(moved[0], (k[0] - k[1]).int()) and moved[0].any() and not moved[1:].any()
 
 
 def test_adaquant_adds_in_the_units_of_W():
@@ -2455,6 +2475,9 @@ def test_what_is_not_done_as_asked_is_said():
     with pytest.warns(UserWarning, match=r"stay float: \['0.1 \(Conv1d\)'\]"):
         block = nn.Sequential(nn.Linear(4, 4), nn.Conv1d(1, 1, 1))
         quantize_model([block], torch.randn(9, 1, 4), QUICK)
+    with pytest.warns(UserWarning, match="no layer is left at bits = 3: .*'0.0': 8, '1.0': 8"):
+        blocks = [nn.Sequential(nn.Linear(4, 4)) for _ in range(2)]
+        quantize_model(blocks, torch.randn(9, 4), replace(QUICK, bits=3))
     net, x, _ = tiny("gpt")
     with warnings.catch_warnings():
         warnings.simplefilter("error")                               # nothing to say of these
@@ -2560,3 +2583,59 @@ def test_ci_runs_the_readmes_commands():
     assert "grep -oE -m1 '^python -m pytest' README.md" in run
     assert re.search(r"^pip install -r requirements.txt && python reconstruct.py$", README, re.M)
     assert re.search(r"^python -m pytest$", README, re.M)
+    assert "grep -oE -m1 '^FLEXROUND_FAST=1 jupyter execute demo.ipynb' README.md" in run
+    assert re.search(r"^FLEXROUND_FAST=1 jupyter execute demo.ipynb$", README, re.M)
+
+
+# ---- 8. The notebook, as committed; continuous integration executes it ---------------------------
+
+NOTEBOOK = HERE / "demo.ipynb"
+CELLS = json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
+CODE = [c for c in CELLS if c["cell_type"] == "code"]
+OUTPUTS = [o for c in CODE for o in c["outputs"]]
+
+
+def shown(kind):
+    """What the notebook's outputs hold of one MIME type, as strings."""
+    return ["".join(o["data"][kind]) for o in OUTPUTS if kind in o.get("data", {})]
+
+
+def test_the_notebook_is_one_whole_run():
+    assert [c["execution_count"] for c in CODE] == list(range(1, len(CODE) + 1))
+    kinds = {(o["output_type"], o.get("name")) for o in OUTPUTS}
+    assert not any("error" in kind or "stderr" in kind for kind in kinds), kinds
+    text = NOTEBOOK.read_text(encoding="utf-8")
+    assert len(text.encode()) < 2 ** 20
+    said = json.dumps([o for o in OUTPUTS if "image/png" not in o.get("data", {})])
+    said += "".join(shown("text/plain"))
+    assert not re.search(r"/(tmp|home|root|work|Users|usr|opt)/|site-packages", said)
+    assert "full setting" in said                                    # not the shortened one
+    assert sum("image/png" in o.get("data", {}) for o in OUTPUTS) >= 8
+
+
+def test_the_notebook_defines_no_algorithm():
+    source = "\n".join("".join(c["source"]) for c in CODE)
+    assert not re.search(r"^\s*class |optim\.|autograd", source, re.M)
+    assert set(re.findall(r"^def (\w+)", source, re.M)) <= {"load", "setting", "quantized", "runs",
+                                                           "chart", "shifts", "far"}
+
+
+def test_readme_notebook_and_results_file_agree():
+    records = reconstruct.read_results(HERE / "docs" / "results.jsonl")
+    tables = "\n".join(shown("text/markdown"))
+    for study in ("resnet20", "mobilenet", "shakespeare", "ablation"):
+        assert reconstruct.table([r for r in records if r["study"] == study]) in tables, study
+    # The picture of these is the README's.
+    picture = (HERE / re.search(r"!\[[^]]*\]\((docs/\S+\.png)\)", README)[1]).read_bytes()
+    assert picture in [base64.b64decode(png) for png in shown("image/png")]
+    # What the notebook ran itself are the README's first runs again, with 4 bits besides.
+    live, first = {}, rows_of(README.split("<!-- study: main -->")[1].split("\n\n")[0])
+    for printed in shown("text/markdown"):                           # act 6's come later
+        if printed.startswith("| network | bits"):
+            live = {**rows_of(printed.split("\n\n")[0]), **live}
+    for (network, bits), cells in first.items():
+        for column, cell in cells.items():
+            method = column.split(",")[0]
+            again = next(c for k, c in live[network, bits].items() if k.split(",")[0] == method)
+            seconds = re.compile(r"\d+ s")
+            assert seconds.sub("", again) == seconds.sub("", cell), (network, bits, method)
