@@ -522,7 +522,7 @@ def plan(blocks, config: ReconstructionConfig, inputs: bool = False) -> list[dic
     nn.Linear and nn.Conv2d are quantized; embeddings, a head tied to an embedding, norms and all
     else stay float. end_bits goes to the first layer of the first block and the last of the last,
     where the block has one; layer_bits goes before both. Warns of other layers' weight matrices,
-    and where end_bits leaves no layer at bits.
+    and where end_bits leaves no layer at the bits, or abits, that were asked for.
 
     Raises:
         ValueError: layer_bits names what is not there, a layer stands in two blocks, there is
@@ -546,16 +546,17 @@ def plan(blocks, config: ReconstructionConfig, inputs: bool = False) -> list[dic
         warnings.warn(f"only nn.Linear and nn.Conv2d are quantized; these stay float: {left}",
                       stacklevel=3)
 
-    bits = dict.fromkeys(layers, config.abits if inputs else config.bits)
+    asked = config.abits if inputs else config.bits
+    bits = dict.fromkeys(layers, asked)
     if config.end_bits is not None:
         of_block = [[n for n in layers if n.split(".")[0] == str(i)] for i in (0, len(blocks) - 1)]
         for name in of_block[0][:1] + of_block[1][-1:]:
             bits[name] = config.end_bits
     if not inputs:
         bits.update(config.layer_bits)
-        if set(bits.values()) == {config.end_bits} != {config.bits}:
-            warnings.warn(f"no layer is left at bits = {config.bits}: {bits}; end_bits = None "
-                          "makes no exception of the first and the last", stacklevel=3)
+    if set(bits.values()) == {config.end_bits} != {asked}:
+        warnings.warn(f"no layer is left at {'abits' if inputs else 'bits'} = {asked}: {bits}; "
+                      "end_bits = None makes no exception of the first and the last", stacklevel=3)
     return [{name.partition(".")[2]: b for name, b in bits.items() if name.split(".")[0] == str(i)}
             for i in range(len(blocks))]
 

@@ -2478,6 +2478,9 @@ def test_what_is_not_done_as_asked_is_said():
     with pytest.warns(UserWarning, match="no layer is left at bits = 3: .*'0.0': 8, '1.0': 8"):
         blocks = [nn.Sequential(nn.Linear(4, 4)) for _ in range(2)]
         quantize_model(blocks, torch.randn(9, 4), replace(QUICK, bits=3))
+    with pytest.warns(UserWarning, match="no layer is left at abits = 4: .*'0.0': 8, '1.0': 8"):
+        blocks = [nn.Sequential(nn.Linear(4, 4)) for _ in range(2)]
+        quantize_model(blocks, torch.randn(9, 4), replace(QUICK, bits=8, abits=4))
     net, x, _ = tiny("gpt")
     with warnings.catch_warnings():
         warnings.simplefilter("error")                               # nothing to say of these
@@ -2638,9 +2641,9 @@ def test_readme_notebook_and_results_file_agree():
     for printed in shown("text/markdown"):                           # act 6's come later
         if printed.startswith("| network | bits"):
             live = {**rows_of(printed.split("\n\n")[0]), **live}
+    seconds = re.compile(r"\d+ s")
     for (network, bits), cells in first.items():
         for column, cell in cells.items():
             method = column.split(",")[0]
             again = next(c for k, c in live[network, bits].items() if k.split(",")[0] == method)
-            seconds = re.compile(r"\d+ s")
             assert seconds.sub("", again) == seconds.sub("", cell), (network, bits, method)
