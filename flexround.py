@@ -455,14 +455,16 @@ class LSQ(nn.Module):
         self.register_buffer("zero_point", zero_point.clone())
 
     @classmethod
-    def of(cls, x: Tensor, bits: int, symmetric: bool = True, p: float = 2.4, drop: float = 0.0):
+    def of(cls, x: Tensor, bits: int, symmetric: bool = True, p: float = 2.4, drop: float = 0.0,
+           negative: bool = False):
         """The LSQ that starts at the least L_p error on x, any shape, what a layer gets on
         calibration inputs. ValueError as search_range.
 
-        symmetric: zero_point 0, and unsigned codes where x is nowhere negative (behind a ReLU);
-        otherwise unsigned codes and an integer zero_point, which is not learned.
+        symmetric: zero_point 0, and unsigned codes where x is nowhere negative (behind a ReLU), nor
+        what x is a part of, as `negative` says; otherwise unsigned codes and an integer zero_point,
+        which is not learned.
         """
-        signed = symmetric and bool(x.min() < 0)
+        signed = symmetric and (negative or bool(x.min() < 0))
         x = x.detach().flatten()
         if len(x) > 2 ** 16:                                         # large: some have to do
             some = torch.randint(len(x), (2 ** 16,), generator=torch.Generator().manual_seed(0))
@@ -597,17 +599,19 @@ def quantize_input(layer, args):
 
 
 def quantize_inputs(block: nn.Module, x: Tensor, bits: dict[str, int], symmetric: bool = True,
-                    p: float = 2.4, drop: float = 0.0) -> dict[str, LSQ]:
-    """Quantize what single layers of a block get, in place: an LSQ each, started on one run.
+                    p: float = 2.4, drop: float = 0.0, more=()) -> dict[str, LSQ]:
+    """Quantize what single layers of a block get, in place: an LSQ each, started on one batch.
 
     What a layer multiplies its weight with is rounded; shortcuts, their additions, softmax and
     norms stay float. A ReLU's output is rounded where the next layer takes it, behind the ReLU, so
     on an unsigned grid.
 
     Args:
-        block: run once on x, as it is.
-        x: (N, ...) inputs of the block, on its device.
+        block: run on x and more, as it is.
+        x: (N, ...) inputs of the block, on its device: steps and zero points start on these.
         bits: of each layer's input, by the layer's name in the block.
+        more: further batches, to see there, too, whether a layer ever gets a negative value: a
+            symmetric grid is unsigned or not for good.
 
     Returns:
         The LSQs by the name of their layer. A layer that did not run gets none, with a warning.
@@ -617,13 +621,15 @@ def quantize_inputs(block: nn.Module, x: Tensor, bits: dict[str, int], symmetric
             search_range does; the block is unchanged.
     """
     names = {block.get_submodule(name): name for name in bits}
-    seen = {name: [] for name in bits}
+    seen, negative = {name: [] for name in bits}, dict.fromkeys(bits, False)
 
     def look(layer, args):                                           # maybe more than once a layer
         if not args:
             raise ValueError(f"layer {names[layer]!r} is called with keywords only: what is "
                              "quantized is its first argument")
-        seen[names[layer]].append(args[0].detach().flatten().clone())
+        negative[names[layer]] |= bool((args[0] < 0).any())
+        if starting:
+            seen[names[layer]].append(args[0].detach().flatten().clone())
 
     for layer, name in names.items():
         if hasattr(layer, "input_quantizer"):
@@ -631,11 +637,15 @@ def quantize_inputs(block: nn.Module, x: Tensor, bits: dict[str, int], symmetric
     handles = [layer.register_forward_pre_hook(look) for layer in names]
     try:
         with torch.no_grad():
+            starting = True
             block(x.clone())
+            starting = False
+            for batch in more:
+                block(batch)
     finally:
         for handle in handles:
             handle.remove()
-    made = {name: LSQ.of(torch.cat(parts), bits[name], symmetric, p, drop)
+    made = {name: LSQ.of(torch.cat(parts), bits[name], symmetric, p, drop, negative[name])
             for name, parts in seen.items() if parts}
     if len(made) < len(bits):
         warnings.warn(f"these layers were not called, their inputs stay float (their weights do "

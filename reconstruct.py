@@ -127,7 +127,8 @@ class ReconstructionConfig:
     lr: float | None = knob(None, or_none(POSITIVE), "first rate; None: the method's, DEFAULT_LR")
     seed: int = knob(0, at_least(0), "of the batches and of what is dropped")
     input_drop: float = knob(0.0, SHARE, "probability that an element of a block's input is "
-                             "x_fp's: 0 is X_tilde (section 3.1), 1 is X; setting Q takes 0.5")
+                             "x_fp's: 0 is X_tilde (section 3.1), 1 is X; in setting B in both "
+                             "passes; setting Q takes 0.5")
     abits: int | None = knob(None, or_none(BITS_RULE), "of what each quantized layer gets; None: "
                              "float, weights only")
     setting: str = knob("B", one_of("B", "Q"), "with abits: B learns weights, then, in a second "
@@ -156,8 +157,13 @@ class ReconstructionConfig:
             raise ValueError(f"layer_bits = {self.layer_bits!r}: a dict of bits is allowed")
         for name, bits in self.layer_bits.items():
             code_range(bits, self.symmetric, f"layer_bits[{name!r}]")
-        if self.optimizer == "sgd" and self.lr is None and self.method != "rtn":
-            raise ValueError("optimizer = 'sgd' needs an lr: the default rates are Adam's")
+        if self.optimizer == "sgd" and self.method != "rtn" and (
+                self.lr is None or self.abits is not None and self.step_lr is None):
+            raise ValueError("optimizer = 'sgd' needs an lr, with abits a step_lr, too: the "
+                             "default rates are Adam's")
+        if self.abits is None and (self.setting, self.step_lr) != ("B", None):
+            raise ValueError(f"setting = {self.setting!r}, step_lr = {self.step_lr}: both are for "
+                             "activations, and need abits")
         if self.joint and self.input_drop not in (0, QDROP):
             raise ValueError(f"input_drop = {self.input_drop}: setting Q takes {QDROP}")
 
@@ -293,14 +299,14 @@ def reconstruct_block(block: nn.Module, x_q: Tensor, y_fp: Tensor, config: Recon
         block: a module with quantizers in place (flexround.quantize_layers).
         x_q: (N, ...) the block's inputs behind quantized blocks, X_tilde.
         y_fp: (N, ...) its full-precision outputs on full-precision inputs, on any device.
-        config: method, iterations, batch_size, rates, seed, setting, input_drop are read.
+        config: method, iterations, batch_size, rates, seed, abits, setting, input_drop are read.
         x_fp: (N, ...) the full-precision inputs X; needed where config.drop > 0.
         index: the block's place in the network, which seeds its batches and is named in errors.
         progress: called as progress(iterations done, loss) at each evaluation.
 
     Raises:
-        ValueError: no quantizers, or another method's; half precision; empty, unequal or
-            non-finite inputs.
+        ValueError: no quantizers, or another method's; quantized inputs of layers without abits;
+            half precision; empty, unequal or non-finite inputs.
         FloatingPointError: a loss that is not finite, naming block and iteration (counted from 1).
             Then, and on any other exception, the factors are as they were before.
     """
@@ -310,12 +316,14 @@ def reconstruct_block(block: nn.Module, x_q: Tensor, y_fp: Tensor, config: Recon
     if kinds != {METHODS[config.method]}:
         found = ", ".join(kind.__name__ for kind in kinds) or "no quantizers: call quantize_layers"
         raise ValueError(f"block {index} holds {found}: {config.method} is needed, as config says")
+    rounded = input_quantizers(block)
+    if rounded and config.abits is None:
+        raise ValueError(f"block {index} rounds the inputs of {list(rounded)}, but abits = None")
     check_inputs(x_q=x_q, y_fp=y_fp, x_fp=x_fp)
     if config.drop > 0 and x_fp is None:
         raise ValueError(f"input_drop = {config.drop} needs x_fp, the full-precision input")
     x_q, y_fp, x_fp = x_q.detach(), y_fp.detach(), None if x_fp is None else x_fp.detach()
     device = device_of([block])
-    rounded = input_quantizers(block)
     factors = [p for q in placed.values() for p in q.parameters()]
     steps = [p for q in rounded.values() for p in q.parameters()]
     if config.method == "rtn":
@@ -507,8 +515,9 @@ def _iterate(block, factors, steps, x_q, y_fp, x_fp, config, index, history):
 
 
 def _not_finite(index, iteration, config):
-    when = (f"at iteration {iteration} of {config.iterations}: try a smaller lr" if iteration else
-            "before training: do its activations overflow?")
+    rate = "lr" if config.abits is None else "lr or step_lr"
+    when = (f"at iteration {iteration} of {config.iterations}: try a smaller {rate}"
+            if iteration else "before training: do its activations overflow?")
     return FloatingPointError(f"block {index}, {config.method}: the loss is not finite {when}. The "
                               "block is left as it was")
 
@@ -615,10 +624,11 @@ def quantize_model(blocks, calibration: Tensor, config: ReconstructionConfig) ->
 
     Returns:
         A report for each block that has layers to quantize, in order; in setting B with activations
-        then a second one for each, of its steps.
+        then a second one for each, of its steps (but round to nearest learns none: one pass).
 
     Raises:
-        ValueError: as ReconstructionConfig, plan and cache_bytes do, before any work.
+        ValueError: inputs of layers that are quantized already, or as ReconstructionConfig, plan
+            and cache_bytes do, before any work; as quantize_inputs does, at the block.
         FloatingPointError: a loss that is not finite. Then, and on any other exception, that block
             is as before (full precision, or in B's second pass with float activations) and the
             earlier ones stay quantized.
@@ -628,6 +638,10 @@ def quantize_model(blocks, calibration: Tensor, config: ReconstructionConfig) ->
                          "as a network's .blocks")
     blocks = list(blocks)
     check_inputs(calibration=calibration)
+    rounded = list(input_quantizers(nn.ModuleList(blocks)))
+    if rounded:
+        raise ValueError(f"the inputs of {rounded} are quantized already: take a float network, or "
+                         "flexround.remove_input_quantizers first")
     bits = plan(blocks, config)
     if config.method != "rtn":
         check_precision((p for block in blocks for p in block.parameters()), "the network")
@@ -670,14 +684,18 @@ def quantize_model(blocks, calibration: Tensor, config: ReconstructionConfig) ->
 
                 try:
                     if activations:                                  # their steps: on one batch
-                        quantize_inputs(block, fetch(x_q[:config.batch_size], dtype_of(block),
-                                                     device), abits[i], config.symmetric, config.p,
-                                        QDROP if config.joint else 0.0)
+                        first, *more = x_q.split(config.batch_size)
+                        first = fetch(first, dtype_of(block), device)
+                        more = (fetch(x, dtype_of(block), device, copy=True) for x in more)
+                        quantize_inputs(block, first, abits[i], config.symmetric, config.p,
+                                        QDROP if config.joint else 0.0, more)
                     if weights:                                      # less what is tied elsewhere
                         skip = set(quantizable_layers(block)) - set(bits[i])
                         quantize_layers(block, config, bits[i], skip)
                     x_fp = x_fp if config.drop > 0 else None         # else its memory is free
                     reports.append(reconstruct_block(block, x_q, y_fp, config, x_fp, i, progress))
+                    for q in input_quantizers(block).values():       # not in train mode, either
+                        q.drop = 0.0
                 except BaseException:
                     remove_input_quantizers(block)
                     if weights:
@@ -769,9 +787,12 @@ def save_quantized(model: nn.Module, path) -> int:
     Raises:
         ValueError: no quantizers in model. OSError: path cannot be written.
     """
-    placed = quantizers(model)
-    if not placed:
+    quantizer_of = {model.get_submodule(name): q for name, q in quantizers(model).items()}
+    if not quantizer_of:
         raise ValueError("the model holds no quantizers: save it after quantize_model, before fold")
+    # A layer that a model holds under two names has two in state_dict, and so here.
+    placed = {name: quantizer_of[m] for name, m in model.named_modules(remove_duplicate=False)
+              if m in quantizer_of}
     layers, s1, zero_point, buffer, offset = {}, {}, {}, [], 0
     for name, q in placed.items():
         W = model.get_submodule(name).parametrizations.weight.original

@@ -2032,21 +2032,78 @@ def test_which_inputs_are_seen():
     assert not block[0]._forward_pre_hooks
 
 
+@pytest.mark.parametrize("setting", ["B", "Q"])
+def test_a_sign_is_seen_on_all_calibration_inputs(setting):
+    x = correlated(64, 6)
+    x = x[x[:, 0].argsort()]
+    x[:16].abs_()                                                    # sorted: the first batch is
+    signed = []                                                      # nowhere negative
+    for inputs in (x, x[16:], x.abs()):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
+        quantize_model(net, inputs, replace(QUICK, bits=8, abits=8, batch_size=16, setting=setting))
+        signed.append(input_quantizers(net)["0"].signed)
+    assert signed == [True, True, False]
+
+
+def test_inputs_that_are_quantized_already(tmp_path):
+    net, x, _ = tiny("resnet conv")
+    quantize_model(net.blocks, x, replace(QUICK, abits=4))
+    file = tmp_path / "net.int"
+    reconstruct.save_quantized(net, file)
+    loaded = reconstruct.load_quantized(tiny("resnet conv")[0], file)
+    y, count = loaded(x), len(input_quantizers(loaded))
+    for abits in (None, 4):                                          # and all is as it was
+        with pytest.raises(ValueError, match="'0.0'.* are quantized already"):
+            quantize_model(loaded.blocks, x, replace(QUICK, abits=abits))
+        assert torch.equal(loaded(x), y) and len(input_quantizers(loaded)) == count
+    block, x, y, config = prepared()
+    flexround.quantize_inputs(block, x, {"0": 4})
+    with pytest.raises(ValueError, match=r"rounds the inputs of \['0'\], but abits = None"):
+        reconstruct_block(block, x, y, config)
+
+
+def test_a_layer_with_two_names_is_saved_under_both(tmp_path):
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Linear(6, 6)
+            self.b, self.blocks = self.a, nn.ModuleList([self.a, nn.ReLU(), nn.Linear(6, 3)])
+
+        def forward(self, x):
+            return self.blocks[2](self.blocks[1](self.b(x)))
+
+    torch.manual_seed(0)
+    net, x = Twice(), correlated(32, 6)
+    plain = copy.deepcopy(net)
+    quantize_model(net.blocks, x, replace(QUICK, abits=4, setting="Q", end_bits=None))
+    reconstruct.save_quantized(net, tmp_path / "net.int")
+    loaded = reconstruct.load_quantized(plain, tmp_path / "net.int")
+    assert torch.equal(loaded(x), net(x)) and not torch.equal(loaded(x), Twice()(x))
+    assert loaded.a is loaded.b and len(loaded.a._forward_pre_hooks) == 1
+
+
 @pytest.mark.parametrize("setting, method", [("B", "flexround"), ("Q", "flexround"), ("Q", "rtn")])
 def test_rates_and_drops_of_the_settings(setting, method, monkeypatch):
-    rates, adam = [], torch.optim.Adam.step
+    rates, dropped, adam, learn = [], set(), torch.optim.Adam.step, reconstruct.reconstruct_block
+
+    def look(block, *args):
+        dropped.update(q.drop for q in input_quantizers(block).values())
+        return learn(block, *args)
 
     def spy(self, *args):
         rates.append([float(g["lr"]) for g in self.param_groups])
         return adam(self, *args)
 
     monkeypatch.setattr(torch.optim.Adam, "step", spy)
+    monkeypatch.setattr(reconstruct, "reconstruct_block", look)
     net, x, _ = tiny("resnet conv")
     start = copy.deepcopy(net)
     own = replace(QUICK, method=method, abits=4, setting=setting, lr=0.01)
     quantize_model(net.blocks, x, own)
-    dropped = {q.drop for q in input_quantizers(net).values()}
     assert (own.drop, dropped) == ((0.5, {0.5}) if setting == "Q" else (0.0, {0.0}))
+    net.train()                                                      # learned: nothing drops
+    assert torch.equal(net(x), net(x)) and torch.equal(net(x), net.eval()(x))
     assert not any(p.requires_grad for q in (*quantizers(net).values(),
                                              *input_quantizers(net).values())
                    for p in q.parameters())
@@ -2342,6 +2399,9 @@ def test_save_and_load_from_the_command_line(tmp_path):
     ({"optimizer": "sgd"}, "optimizer = 'sgd' needs an lr"),
     ({"abits": 9}, "abits = 9: an integer from 2 to 8"),
     ({"setting": "C"}, "setting = 'C': B or Q"),
+    ({"setting": "Q"}, "setting = 'Q', step_lr = None: .*need abits"),
+    ({"step_lr": 0.1}, "step_lr = 0.1: .*need abits"),
+    ({"abits": 4, "optimizer": "sgd", "lr": 0.1}, "'sgd' needs an lr, with abits a step_lr"),
     ({"abits": 4, "setting": "Q", "input_drop": 0.3}, "input_drop = 0.3: setting Q takes 0.5"),
     ({"step_lr": 0}, "step_lr = 0: a positive number"),
     ({"precision": "fp8"}, "precision = 'fp8': float32 or tf32 or bf16"),
