@@ -437,8 +437,9 @@ class LSQ(nn.Module):
         dL/dlog step = sum G (x_hat - inside x)        dL/dx = inside G        G = dL/dx_hat
 
     inside is 1 where x rounds to a code that exists, the bounds included. LSQ scales the step's
-    gradient by 1 / sqrt(N Q); that is left out, since Adam divides the size of a gradient out. The
-    step is stored as its logarithm, which keeps it positive.
+    gradient by 1 / sqrt(N Q); that is left out, since Adam divides the size of a gradient out
+    (under SGD it would be part of the rate). The step is stored as its logarithm, which keeps it
+    positive.
 
     Args:
         bits: 2 to 8. signed: codes -2^(b-1)..2^(b-1)-1 instead of 0..2^b-1.
