@@ -459,7 +459,8 @@ class LSQ(nn.Module):
     def of(cls, x: Tensor, bits: int, symmetric: bool = True, p: float = 2.4, drop: float = 0.0,
            negative: bool = False):
         """The LSQ that starts at the least L_p error on x, any shape, what a layer gets on
-        calibration inputs. ValueError as search_range.
+        calibration inputs; of a large x, on 2^16 elements drawn at random, and its two ends.
+        ValueError as search_range.
 
         symmetric: zero_point 0, and unsigned codes where x is nowhere negative (behind a ReLU), nor
         what x is a part of, as `negative` says; otherwise unsigned codes and an integer zero_point,
@@ -467,7 +468,7 @@ class LSQ(nn.Module):
         """
         signed = symmetric and (negative or bool(x.min() < 0))
         x = x.detach().flatten()
-        if len(x) > 2 ** 16:                                         # large: some have to do
+        if len(x) > 2 ** 16:                                         # large: a sample does
             some = torch.randint(len(x), (2 ** 16,), generator=torch.Generator().manual_seed(0))
             x = torch.cat([x[some.to(x.device)], x.amin()[None], x.amax()[None]])
         return cls(bits, signed, *search_range(x[None], bits, signed, p=p), drop)
@@ -603,14 +604,15 @@ def quantize_inputs(block: nn.Module, x: Tensor, bits: dict[str, int], symmetric
                     p: float = 2.4, drop: float = 0.0, more=()) -> dict[str, LSQ]:
     """Quantize what single layers of a block get, in place: an LSQ each, started on one batch.
 
-    What a layer multiplies its weight with is rounded; shortcuts, their additions, softmax and
-    norms stay float. A ReLU's output is rounded where the next layer takes it, behind the ReLU, so
-    on an unsigned grid.
+    What a layer multiplies its weight with is rounded; shortcuts, their additions, the two products
+    within attention, softmax and norms stay float. A ReLU's output is rounded where the next layer
+    takes it, behind the ReLU, so on an unsigned grid.
 
     Args:
         block: run on x and more, as it is.
         x: (N, ...) inputs of the block, on its device: steps and zero points start on these.
         bits: of each layer's input, by the layer's name in the block.
+        symmetric, p, drop: as LSQ.of takes them.
         more: further batches, to see there, too, whether a layer ever gets a negative value: a
             symmetric grid is unsigned or not for good.
 
@@ -684,7 +686,7 @@ def fold(module: nn.Module, keep: bool = True) -> nn.Module:
     Afterwards classes and state_dict keys are those of the float module and each weight is q(W)
     with hard codes, to the last bit: a new Parameter, so that a float layer which shared the old
     one keeps its values. keep=False puts the weight from before back instead. A plain layer cannot
-    round its input: quantizers of inputs are removed, with a warning.
+    round its input: quantizers of inputs are removed, where keep with a warning.
     """
     if input_quantizers(module) and keep:
         warnings.warn("folded layers get float inputs again", stacklevel=2)

@@ -180,17 +180,19 @@ class ReconstructionConfig:
 
 @dataclass
 class BlockReport:
-    """What became of one block. Every loss here is block_loss with hard codes on all of x_q."""
+    """What became of one block. Losses but history's are block_loss, hard codes, on all of x_q."""
 
     index: int                               # the block's place in the list
     bits: dict[str, int]                     # of each quantized layer, by its name in the block
     start_loss: float                        # before learning: round to nearest, or, in the second
-    #                                          pass of setting B, the learned weights
+    #                                          pass of setting B, the learned weights behind
+    #                                          steps as they were found
     final_loss: float                        # of the state that was kept: the least of evaluations
     best_iteration: int                      # when that was; 0 is the start
     evaluations: list[tuple[int, float]]     # (iterations done, loss): start, each quarter
     history: list[float]                     # a batch's loss at each iteration, as descended: for
-    #                                          AdaRound with soft codes and the regulariser
+    #                                          AdaRound with soft codes and the regulariser, in
+    #                                          setting Q with what is dropped
     seconds: float
     abits: dict[str, int] = field(default_factory=dict)    # of each quantized layer's input
 
@@ -285,7 +287,7 @@ def check_precision(tensors, name: str) -> None:
 
 def reconstruct_block(block: nn.Module, x_q: Tensor, y_fp: Tensor, config: ReconstructionConfig,
                       x_fp: Tensor | None = None, index: int = 0, progress=None) -> BlockReport:
-    """Learn the factors of a block's quantizers, in place: Adam on block_loss(block(x_q), y_fp).
+    """Learn the factors of a block's quantizers, in place: descend block_loss(block(x_q), y_fp).
 
     Where inputs of layers are quantized (flexround.quantize_inputs), setting B learns their steps
     alone, since the weights have been before, setting Q all of it, round to nearest none.
@@ -299,7 +301,8 @@ def reconstruct_block(block: nn.Module, x_q: Tensor, y_fp: Tensor, config: Recon
         block: a module with quantizers in place (flexround.quantize_layers).
         x_q: (N, ...) the block's inputs behind quantized blocks, X_tilde.
         y_fp: (N, ...) its full-precision outputs on full-precision inputs, on any device.
-        config: method, iterations, batch_size, rates, seed, abits, setting, input_drop are read.
+        config: method, iterations, batch_size, optimizer, rates, seed, abits, setting, input_drop,
+            precision, cuda_graph are read.
         x_fp: (N, ...) the full-precision inputs X; needed where config.drop > 0.
         index: the block's place in the network, which seeds its batches and is named in errors.
         progress: called as progress(iterations done, loss) at each evaluation.
@@ -776,7 +779,7 @@ def save_quantized(model: nn.Module, path) -> int:
         inputs            of layers whose input is quantized, by name: bits, signed, log_step,
                           zero_point
         rest              what else state_dict holds: biases, norms, embeddings, other buffers
-        sha256            of all tensors that the loaded network will have
+        sha256            of all tensors that the loaded network will have, and its inputs' codes
 
     It is written beside path and then moved there: a file of that name is never half a file.
 
