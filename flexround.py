@@ -550,9 +550,11 @@ def quantizable_layers(module: nn.Module, skip=()) -> dict[str, nn.Module]:
     return chosen
 
 
-def quantizers(module: nn.Module) -> dict[str, RoundToNearest]:
-    """The quantizers that are in place in a module, by the name of their layer ('' for itself)."""
-    return {name: layer.parametrizations.weight[0] for name, layer in module.named_modules()
+def quantizers(module: nn.Module, every_name: bool = False) -> dict[str, RoundToNearest]:
+    """The quantizers that are in place in a module, by the name of their layer ('' for itself); of
+    a layer that the module holds under two names, by the first, or by every_name."""
+    return {name: layer.parametrizations.weight[0]
+            for name, layer in module.named_modules(remove_duplicate=not every_name)
             if parametrize.is_parametrized(layer, "weight")
             and isinstance(layer.parametrizations.weight[0], RoundToNearest)}
 
@@ -630,21 +632,22 @@ def quantize_inputs(block: nn.Module, x: Tensor, bits: dict[str, int], symmetric
         if not args:
             raise ValueError(f"layer {names[layer]!r} is called with keywords only: what is "
                              "quantized is its first argument")
-        negative[names[layer]] |= bool((args[0] < 0).any())
         if starting:
             seen[names[layer]].append(args[0].detach().flatten().clone())
+        else:
+            negative[names[layer]] |= bool((args[0] < 0).any())
 
     for layer, name in names.items():
         if hasattr(layer, "input_quantizer"):
             raise ValueError(f"layer {name!r}: its input is quantized already")
     handles = [layer.register_forward_pre_hook(look) for layer in names]
     try:
-        with torch.no_grad():
+        with torch.no_grad(), parametrize.cached():                  # quantize each weight once
             starting = True
             block(x.clone())
             starting = False
-            for batch in more:
-                block(batch)
+            for batch in more if symmetric else ():                  # else there is no sign to see
+                block(batch.clone())
     finally:
         for handle in handles:
             handle.remove()

@@ -687,11 +687,10 @@ def quantize_model(blocks, calibration: Tensor, config: ReconstructionConfig) ->
 
                 try:
                     if activations:                                  # their steps: on one batch
-                        first, *more = x_q.split(config.batch_size)
-                        first = fetch(first, dtype_of(block), device)
-                        more = (fetch(x, dtype_of(block), device, copy=True) for x in more)
-                        quantize_inputs(block, first, abits[i], config.symmetric, config.p,
-                                        QDROP if config.joint else 0.0, more)
+                        batches = (fetch(x, dtype_of(block), device)
+                                   for x in x_q.split(config.batch_size))
+                        quantize_inputs(block, next(batches), abits[i], config.symmetric, config.p,
+                                        QDROP if config.joint else 0.0, batches)
                     if weights:                                      # less what is tied elsewhere
                         skip = set(quantizable_layers(block)) - set(bits[i])
                         quantize_layers(block, config, bits[i], skip)
@@ -790,12 +789,9 @@ def save_quantized(model: nn.Module, path) -> int:
     Raises:
         ValueError: no quantizers in model. OSError: path cannot be written.
     """
-    quantizer_of = {model.get_submodule(name): q for name, q in quantizers(model).items()}
-    if not quantizer_of:
+    placed = quantizers(model, every_name=True)                      # as in state_dict
+    if not placed:
         raise ValueError("the model holds no quantizers: save it after quantize_model, before fold")
-    # A layer that a model holds under two names has two in state_dict, and so here.
-    placed = {name: quantizer_of[m] for name, m in model.named_modules(remove_duplicate=False)
-              if m in quantizer_of}
     layers, s1, zero_point, buffer, offset = {}, {}, {}, [], 0
     for name, q in placed.items():
         W = model.get_submodule(name).parametrizations.weight.original
