@@ -1,0 +1,127 @@
+"""What only experiments need: how far weights moved, unequal channels, rules and optimizers of no
+paper, a layer computed in integers, and a GPT's text."""
+from contextlib import contextmanager
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+import flexround
+import models
+from flexround import AdaQuant, Clamp, Round, RoundToNearest
+
+
+def start_of(q: RoundToNearest, W: Tensor, p: float = 2.4) -> RoundToNearest:
+    """Round to nearest on the grid that q started from, by the same search."""
+    return RoundToNearest(W, q.bits, q.symmetric, q.per_channel, p=p)
+
+
+@torch.no_grad()
+def grid_shift(q: RoundToNearest, W: Tensor, p: float = 2.4, learned_s1: bool = False) -> Tensor:
+    """How many grid steps q moves each weight from round to nearest: int32, W's shape.
+
+    We take the difference of the codes, each on its own grid: q's with s1 as learned, round to
+    nearest's with s1 as search_range finds it. So a smaller s1 alone shifts every large weight.
+    With learned_s1 we take q's s1 for both, which leaves what S2, s3, s4 (or V) do. The paper does
+    not say which s1 its Figs. 3 to 6 take.
+    """
+    nearest = RoundToNearest.integers(q, W) if learned_s1 else start_of(q, W, p).integers(W)
+    return (q.integers(W) - nearest).to(torch.int32)
+
+
+def inequality(net: nn.Module) -> list[float]:
+    """For each layer, how large its largest output channel is beside its median one. We measure a
+    channel by its largest |W|."""
+    found = []
+    for layer in flexround.quantizable_layers(net).values():
+        most = layer.weight.detach().flatten(1).abs().amax(1)        # (C_out,)
+        found.append(float(most.max() / most.median()))
+    return found
+
+
+@torch.no_grad()
+def rescale(net: nn.Module, spread: float, seed: int = 0) -> nn.Module:
+    """Make the channels inside each basic block unequal without changing what it computes.
+
+    We multiply each output channel of conv1 by a factor from 1 / spread to spread (uniform in its
+    logarithm) and divide the same input channel of conv2 by it. The ReLU between lets the factor
+    pass. Batch norm has to be folded. In place; returns net.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for block in (b for b in net.modules() if isinstance(b, models.BasicBlock) and spread != 1):
+        factor = spread ** (2 * torch.rand(block.conv1.out_channels, generator=generator) - 1)
+        block.conv1.weight.mul_(factor.view(-1, 1, 1, 1))
+        block.conv1.bias.mul_(factor)
+        block.conv2.weight.div_(factor.view(1, -1, 1, 1))
+    return net
+
+
+class AdaQuantInSteps(AdaQuant):
+    """AdaQuant with V in grid steps, W_hat = s1 * round(W / s1 + V), so that one rate moves the
+    weights of each layer by as many steps. An example of a rule of one's own."""
+
+    default_lr = 1.6e-2
+
+    def integers(self, W):
+        return Clamp.apply(Round.apply(W / self.s1 + self.V), *self.bounds)
+
+
+flexround.METHODS["adaquant-steps"] = AdaQuantInSteps
+
+
+@contextmanager
+def plain_sgd():
+    """Within, reconstruct.py descends with SGD in place of Adam: an experiment. SGD keeps the size
+    of a gradient, which Adam divides out. Rates are then other ones: name an lr."""
+    def make(groups, fused, capturable):
+        return torch.optim.SGD(groups, fused=fused)
+
+    with mock.patch("torch.optim.Adam", make):
+        yield
+
+
+def integer_forward(layer: nn.Module, x_codes: Tensor, x_step: Tensor, x_zero: Tensor) -> Tensor:
+    """A quantized layer's output from integer codes and integer inputs: to learn from, not fast.
+
+    With x = x_step * (x_codes - x_zero) and W_hat = s1 * (codes - zero_point) the steps leave the
+    sum, which is over int32 alone. One multiplication at the end brings the scale back:
+
+        layer(x) = x_step * s1 * sum (x_codes - x_zero) * (codes - zero_point) + bias
+
+    Args:
+        layer: an nn.Linear or nn.Conv2d itself (no subclass), padded with zeros, not dilated (there
+            torch has no convolution of integers), with a quantizer in place.
+        x_codes: integers, (..., C_in) or (N, C_in, H, W). RoundToNearest(x, 8, False) finds such
+            codes, their step (its s1) and zero (its zero_point) for a 2-D or 4-D x.
+
+    Raises:
+        ValueError: another layer, or no quantizer on it.
+    """
+    q = flexround.quantizers(layer).get("")
+    plain = parametrize.type_before_parametrizations(layer) in (nn.Linear, nn.Conv2d)
+    padding, dilation = getattr(layer, "padding_mode", "zeros"), getattr(layer, "dilation", (1, 1))
+    if not plain or q is None or padding != "zeros" or tuple(dilation) != (1, 1):
+        raise ValueError(f"{layer}: a quantized nn.Linear, or nn.Conv2d padded with zeros and not "
+                         "dilated, is allowed")
+    k = q.codes(layer.parametrizations.weight.original) - q.zero_point   # int32, W's shape
+    k_x = x_codes.to(torch.int32) - x_zero                           # int32: 0 stands for x = 0
+    if isinstance(layer, nn.Linear):
+        total, channels = F.linear(k_x, k), (-1,)
+    else:
+        total = F.conv2d(k_x, k, None, layer.stride, layer.padding, layer.dilation, layer.groups)
+        channels = (-1, 1, 1)
+    y = total * (x_step * q.s1.reshape(channels))                    # float from here on
+    return y if layer.bias is None else y + layer.bias.reshape(channels)
+
+
+@torch.no_grad()
+def sample(net: models.GPT, tokens: Tensor, count: int, seed: int = 0) -> Tensor:
+    """tokens (B, T) and `count` more, each drawn from what net makes of the last `context`."""
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(count):
+        logits = net(tokens[:, -net.context:].to(next(net.parameters()).device))[:, -1]    # (B, V)
+        drawn = torch.multinomial(logits.float().softmax(1).cpu(), 1, generator=generator)
+        tokens = torch.cat([tokens, drawn], 1)
+    return tokens

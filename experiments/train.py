@@ -1,0 +1,116 @@
+"""How the small networks were trained. `python -m experiments.train FOLDER` trains the three of the
+main job anew, into files FOLDER/resnet.pt, mobilenet.pt and gpt.pt, in 20 s on 2 cores. Then
+`python reconstruct.py --networks FOLDER` takes them. Another processor or number of threads trains
+other networks, so the ones in experiments/networks are committed.
+"""
+import platform
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+import models
+
+
+def train(net: nn.Module, batch: Callable, steps: int, lr: float) -> nn.Module:
+    """AdamW, a one-cycle rate, cross-entropy, in place. batch() returns inputs and targets."""
+    optimizer = torch.optim.AdamW(net.train().parameters(), lr=lr, weight_decay=0.1,
+                                  betas=(0.9, 0.99))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
+    for _ in tqdm(range(steps), desc=f"training the {type(net).__name__}", mininterval=5):
+        x, y = batch()
+        loss = F.cross_entropy(net(x).flatten(0, -2), y.flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+    return net.eval()
+
+
+def image_batches(x: Tensor, y: Tensor, batch_size: int = 64, shift: int = 0, seed: int = 0):
+    """Batches for train, drawn by the seed. With shift, mirrored and moved by up to so many pixels,
+    a batch at a time."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def batch():
+        index = torch.randint(len(x), (batch_size,), generator=generator)
+        images = x[index]
+        if shift:
+            mirror, i, j = torch.randint(2 * shift + 1, (3,), generator=generator).tolist()
+            images = F.pad(images.flip(3) if mirror % 2 else images, [shift] * 4)
+            images = images[:, :, i:i + x.shape[2], j:j + x.shape[3]]
+        return images, y[index]
+
+    return batch
+
+
+def text_batches(tokens: Tensor, context: int, batch_size: int = 32, seed: int = 0):
+    """Batches for train: windows of tokens (length,) that start anywhere, drawn by the seed."""
+    generator, window = torch.Generator().manual_seed(seed), torch.arange(context + 1)
+
+    def batch():
+        start = torch.randint(len(tokens) - context, (batch_size, 1), generator=generator)
+        drawn = tokens[start + window]                               # (B, context + 1)
+        return drawn[:, :-1], drawn[:, 1:]
+
+    return batch
+
+
+def kept(path, make: Callable, fit: Callable) -> nn.Module:
+    """make() with the weights in path. Where there is no such file, fit(net) trains the network
+    first, and we write it. ValueError: the file of another network."""
+    path = Path(path)
+    with torch.random.fork_rng(devices=[]):                          # the caller's stream stays
+        torch.manual_seed(0)
+        net = make()
+    if path.exists():
+        try:
+            net.load_state_dict(torch.load(path, weights_only=True)["state"])
+        except Exception as error:                                   # torch raises many kinds
+            raise ValueError(f"{path} does not hold this network: delete it, and it is trained "
+                             "again") from error
+    else:
+        more = fit(net) or {}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save({"state": net.state_dict(), **more}, path.with_suffix(".partial"))
+        path.with_suffix(".partial").replace(path)                   # never half a file
+    return net.eval()
+
+
+def text_network(path, string: str, layers: int, width: int, context: int, steps: int):
+    """A character GPT, trained on the first 90 % of a text, and the tokens of the whole text."""
+    vocabulary = "".join(sorted(set(string)))
+    tokens = models.characters(string, vocabulary)
+
+    def fit(net):
+        train(net, text_batches(tokens[:int(0.9 * len(tokens))], context), steps, 3e-3)
+        return {"vocabulary": vocabulary, "python": platform.python_version()}
+
+    net = kept(path, lambda: models.GPT(len(vocabulary), context, layers, 4, width), fit)
+    return net, tokens
+
+
+def main(folder) -> None:
+    """Train what is not there yet, and say how large the files are."""
+    x, y, *_ = models.digits()
+    folder = Path(folder)
+
+    def fit(net):
+        train(net, image_batches(x, y), 400, 5e-3)
+
+    kept(folder / "resnet.pt", lambda: models.ResNet((8, 16, 32), 1, "conv", channels=1), fit)
+    kept(folder / "mobilenet.pt", lambda: models.MobileNet((8, 16, 24), channels=1), fit)
+    text_network(folder / "gpt.pt", models.text(), 3, 64, 64, 1000)
+    for path in sorted(folder.glob("*.pt")):
+        print(f"{path}: {path.stat().st_size:,} bytes")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("python -m experiments.train FOLDER")
+    main(sys.argv[1])
