@@ -131,9 +131,8 @@ def _search_rows(rows: Tensor, dtype: torch.dtype, lo: int, hi: int, symmetric: 
 
     We start at min-max, the smallest grid that clips nothing, and shrink it: the best of 32 steps
     of 10 %, then the best of 14 finer steps around that. On an asymmetric grid the two ends shrink
-    together first, and then each alone. Min-max is among the candidates, and we score each one with
-    s1 as it will be used, so that the result is never worse than min-max. The range always holds 0,
-    because zero_point has to be a code.
+    together first, and then each alone. Min-max is a candidate, so the result is never worse. The
+    range always holds 0, because zero_point has to be a code.
     """
     bottom = rows.amin(1, keepdim=True).clamp(max=0)                 # (C, 1)
     top = rows.amax(1, keepdim=True).clamp(min=0)                    # (C, 1)
@@ -478,9 +477,8 @@ def quantize_layers(block: nn.Module, config, layer_bits: dict[str, int] | None 
         layer_bits: the bits of single layers, by their name within the block.
         skip: names within the block that stay as they are.
 
-    Returns:
-        The quantizers by the name of their layer. ValueError: layer_bits names an unknown layer, or
-        as quantizable_layers and search_range.
+    Returns the quantizers by the name of their layer. ValueError: layer_bits names an unknown
+    layer, or as quantizable_layers and search_range.
     """
     layers, layer_bits = quantizable_layers(block, skip), layer_bits or {}
     for name in layer_bits:

@@ -7,11 +7,9 @@ an ordered list of Tensor -> Tensor modules that, run one after the other, *are*
 
 The blocks of a ResNet are the stem, each residual block (its addition and ReLU inside), and pooling
 with the classifier. Those of a GPT are the embeddings, each transformer block, and the last norm
-with the head. Fold batch norm into the convolutions first (fold_batchnorm), as the paper does.
+with the head. Our modules bear the names of the published files, so that read_into is short.
 
-Our modules bear the names of the published files (conv1, bn1; wte, attn.c_attn), so that reading a
-file takes a prefix for each block (read_into). Shapes at line ends: N images, C channels, H x W
-pixels; B sequences of T tokens, D channels.
+Shapes at line ends: N images, C channels, H x W pixels; B sequences of T tokens, D channels.
 """
 import platform
 import warnings
@@ -159,7 +157,7 @@ class InvertedResidual(nn.Module):
 class MobileNet(Blocks):
     """A small MobileNetV2-like network: stem, inverted residuals, 1 x 1 convolution, classifier.
 
-    A depthwise convolution has few weights for each channel, and its channels can be very unequal.
+    Its depthwise convolutions have few weights for each channel, and channels of unequal size.
     There the paper reports FlexRound's largest gains.
     """
 
@@ -179,8 +177,8 @@ def fold_batchnorm(net: nn.Module, x: Tensor | None = None) -> nn.Module:
 
     We put net in eval mode, because what is folded are the running statistics, and batch norm
     becomes nn.Identity. The order of definition can differ from the order of use (a pre-activation
-    network: norm, ReLU, convolution). So give an example input x: we then compare the outputs.
-    ValueError: the folded network computes something else. Make it anew, and fold it yourself.
+    network: norm, ReLU, convolution). So give an example input x: we then compare the outputs, and
+    a ValueError says that the folded network computes something else.
     """
     with torch.no_grad():
         before = None if x is None else net.eval()(x)
@@ -270,8 +268,6 @@ class GPT(Blocks):
 
     def __init__(self, vocabulary: int, context: int = 64, layers: int = 4, heads: int = 4,
                  width: int = 64):
-        if heads < 1 or width % heads:
-            raise ValueError(f"heads = {heads}: a divisor of the width, {width}, is allowed")
         first = Embeddings(vocabulary, context, width)
         super().__init__(first, *(TransformerBlock(width, heads) for _ in range(layers)),
                          Head(first.wte))
@@ -286,11 +282,9 @@ class GPT(Blocks):
 
 
 def gpt2(path, n_head: int | None = None) -> GPT:
-    """A network of the GPT-2 family with its published weights. The sizes are the tensors'.
-
-    path: pytorch_model.bin or model.safetensors of openai-community/gpt2, -medium, -large or -xl.
-    n_head: attention heads. None is width / 64, as in all of these. ValueError: not a GPT-2.
-    """
+    """A network of the GPT-2 family with its published weights: pytorch_model.bin or
+    model.safetensors of openai-community/gpt2, -medium, -large or -xl. n_head: attention heads;
+    None is width / 64, as in all of these. ValueError: not a GPT-2."""
     if Path(path).suffix == ".safetensors":
         from safetensors.torch import load_file
         saved = load_file(path)
@@ -312,8 +306,8 @@ def gpt2(path, n_head: int | None = None) -> GPT:
 # ---- Data ----------------------------------------------------------------------------------------
 
 def digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """scikit-learn's 1,797 handwritten digits, standardised: images (N, 1, 8, 8) and labels (N,) of
-    1,200 to train on (chosen once, at random), then of 597 to test on."""
+    """scikit-learn's 1,797 handwritten digits, standardised: images (N, 1, 8, 8) and labels (N,),
+    1,200 to train on (chosen once, at random), then 597 to test on."""
     from sklearn.datasets import load_digits
     data = load_digits()
     order = np.random.default_rng(0).permutation(len(data.target))
@@ -331,8 +325,7 @@ def cifar10(folder, train: bool) -> tuple[Tensor, Tensor]:
     files = sorted(Path(folder).glob(pattern)) or \
         sorted(Path(folder).glob(f"cifar-10-batches-bin/{pattern}"))
     if not files:
-        raise FileNotFoundError(f"no {pattern} in {folder} or {folder}/cifar-10-batches-bin: the "
-                                "binary version of CIFAR-10 is needed")
+        raise FileNotFoundError(f"no {pattern} in {folder}: CIFAR-10's binary version is needed")
     raw = np.concatenate([np.fromfile(file, dtype=np.uint8) for file in files])
     raw = torch.from_numpy(raw).view(-1, 3073)                       # a record: label, RGB planes
     mean = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
@@ -360,8 +353,7 @@ def characters(string: str, vocabulary: str) -> Tensor:
 
 @torch.no_grad()
 def accuracy(model: nn.Module, x: Tensor, y: Tensor, batch_size: int = 500) -> float:
-    """Top-1 accuracy in percent on images x (N, C, H, W) with labels y (N,). Leaves the model in
-    eval mode."""
+    """Top-1 accuracy in percent on images x (N, C, H, W) with labels y (N,), in eval mode."""
     device = next(model.eval().parameters(), x).device
     right = sum((model(xs.to(device)).argmax(1) == ys.to(device)).sum()
                 for xs, ys in zip(x.split(batch_size), y.split(batch_size), strict=True))
@@ -370,11 +362,8 @@ def accuracy(model: nn.Module, x: Tensor, y: Tensor, batch_size: int = 500) -> f
 
 @torch.no_grad()
 def perplexity(model: nn.Module, tokens: Tensor, context: int, batch_size: int = 32) -> float:
-    """exp(mean negative log-likelihood) of each next token, over non-overlapping windows.
-
-    We cut tokens (length,) into windows of `context` inputs and drop what is left over. The first
-    token of a window is not predicted from the window before. Leaves the model in eval mode.
-    """
+    """exp(mean negative log-likelihood) of each next token, in eval mode. We cut tokens (length,)
+    into windows of `context` inputs that do not overlap, and drop what is left over."""
     device = next(model.eval().parameters(), tokens).device
     count = (len(tokens) - 1) // context
     if count < 1:
@@ -399,7 +388,7 @@ class Task:
 
 
 def draw(n: int, count: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Indices of `count` inputs of n, drawn by the seed, and of the others."""
+    """The indices of `count` inputs out of n, drawn by the seed, and those of the others."""
     if not 0 < count < n:
         raise ValueError(f"samples = {count}: 1 to {n - 1} are allowed")
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
@@ -407,8 +396,8 @@ def draw(n: int, count: int, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def image_task(net, x, y, test, about: str, samples: int, seed: int = 0, split: str = "test"):
-    """Calibrate on training images x, and score the test images. With split "train" score the other
-    training images instead: on these you may choose settings."""
+    """Calibrate on training images x, and score the test images. With split "train" score the
+    other training images instead: on these you may choose settings."""
     index, rest = draw(len(x), samples, seed)
     fold_batchnorm(net, x[:8])
     x_test, y_test = test if split == "test" else (x[rest], y[rest])
@@ -417,7 +406,7 @@ def image_task(net, x, y, test, about: str, samples: int, seed: int = 0, split: 
                 f"{len(y_test):,} {split} images")
 
 
-def text_task(net: GPT, tokens: Tensor, about: str, samples: int = 128, seed: int = 0,
+def text_task(net: GPT, tokens: Tensor, about: str, samples: int, seed: int = 0,
               split: str = "test"):
     """Calibrate on the first 90 % of the tokens, on which net was trained, and score the last 5 %.
     With split "train" score the 5 % between instead: on these you may choose settings."""
@@ -429,21 +418,22 @@ def text_task(net: GPT, tokens: Tensor, about: str, samples: int = 128, seed: in
                 f"{about}; perplexity on {len(held):,} {split} tokens")
 
 
-def load_task(name: str, data=None, networks=NETWORKS, seed: int = 0, split: str = "test") -> Task:
+def load_task(name: str, data=None, networks=NETWORKS, seed: int = 0, split: str = "test",
+              samples: int | None = None) -> Task:
     """One of the main job's networks, with its data.
 
     "resnet" and "mobilenet" classify digits, and "gpt" continues Python's own help texts. Their
     trained weights lie in the folder `networks` (experiments/train.py made them). "resnet20"
     classifies CIFAR-10, whose files lie in the folder `data`. If the checkpoint lies there, too, it
-    is not downloaded. The seed draws the calibration inputs. ValueError, OSError: what is missing.
+    is not downloaded. The seed draws `samples` calibration inputs. ValueError: an unknown name.
     """
     if name == "resnet20":
         if data is None:
             raise ValueError("resnet20 needs the folder of CIFAR-10's binary files (--data)")
         here = [Path(data, part, "resnet20-12fca82f.th") for part in ("", "weights")]
         net = resnet20(next((path for path in here if path.exists()), None))
-        test = cifar10(data, train=False)
-        return image_task(net, *cifar10(data, train=True), test, "CIFAR-10", 1024, seed, split)
+        return image_task(net, *cifar10(data, train=True), cifar10(data, train=False), "CIFAR-10",
+                          samples or 1024, seed, split)
     makes = {"resnet": lambda _: ResNet((8, 16, 32), 1, "conv", channels=1),
              "mobilenet": lambda _: MobileNet((8, 16, 24), channels=1),
              "gpt": lambda saved: GPT(len(saved["vocabulary"]), layers=3)}
@@ -455,6 +445,6 @@ def load_task(name: str, data=None, networks=NETWORKS, seed: int = 0, split: str
     if name == "gpt":
         tokens = characters(text(), saved["vocabulary"])
         return text_task(net, tokens, f"pydoc_data.topics of Python {platform.python_version()} "
-                         f"(trained on {saved['python']}'s)", seed=seed, split=split)
+                         f"(trained on {saved['python']}'s)", samples or 128, seed, split)
     x, y, *test = digits()
-    return image_task(net, x, y, test, "scikit-learn's digits", 512, seed, split)
+    return image_task(net, x, y, test, "scikit-learn's digits", samples or 512, seed, split)

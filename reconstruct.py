@@ -25,15 +25,12 @@ How we differ from the paper and from the authors' code, and why
   the rate is each method's own. The paper gives AdaRound and AdaQuant BRECQ's settings.
 - The paper states neither the loss's reduction nor the rate's schedule. We follow the authors'
   code, except that it sums over dim 1 always, which for a GPT is the tokens: see block_loss.
-
-Activations, where abits asks for them (section 4): setting B goes through the blocks a second time
-to learn the steps of the layers' inputs. Setting Q learns these together with the weights.
 """
 import argparse
 import copy
+import itertools
 import math
 import multiprocessing
-import os
 import sys
 import tempfile
 import time
@@ -52,9 +49,8 @@ from tqdm.auto import tqdm
 import flexround
 from flexround import METHODS, code_range, input_quantizers, quantizable_layers, quantizers
 
-# Section 4: the first rate of the activations' steps in settings B and Q (here of their logarithm),
-# and the probability with which setting Q keeps a full-precision value.
-STEP_LR, QDROP = {"B": 4e-4, "Q": 4e-5}, 0.5
+STEP_LR = {"B": 4e-4, "Q": 4e-5}     # section 4: first rate of activations' steps in each setting
+QDROP = 0.5                          # section 4: with this probability Q keeps a float value
 
 
 @dataclass(frozen=True)
@@ -62,41 +58,38 @@ class ReconstructionConfig:
     """All settings of a reconstruction. A ValueError names the one that is not allowed."""
 
     method: str = "flexround"        # a key of flexround.METHODS
-    bits: int = 4                    # of a weight, 2 to 8; the paper's CNNs have 4, 3 and 2
-    symmetric: bool = True           # the grid; the paper: CNNs symmetric, language models not
-    per_channel: bool = False        # an s1 for each output channel; the paper: LLaMA only
-    p: float = 2.4                   # exponent of the range search; the paper's is 2
-    learn_s1: bool = True            # FlexRound only; False is ablation 1 of Table 1
-    use_s3_s4: bool = True           # FlexRound only; False is ablation 2 of Table 1
-    iterations: int = 1000           # per block; section 4: 5,000 for CNNs, 500 for language models
-    batch_size: int = 32             # inputs per iteration; 32 is BRECQ's for CNNs
-    lr: float | None = None          # first rate; None: the method's default_lr
+    bits: int = 4                    # of a weight, 2 to 8. The paper's CNNs have 4, 3 and 2
+    symmetric: bool = True           # the grid. In the paper it is symmetric for CNNs only
+    per_channel: bool = False        # an s1 for each output channel. In the paper LLaMA only
+    p: float = 2.4                   # exponent of the range search. The paper has 2
+    learn_s1: bool = True            # FlexRound only. False is ablation 1 of Table 1
+    use_s3_s4: bool = True           # FlexRound only. False is ablation 2 of Table 1
+    iterations: int = 1000           # per block. Section 4: 5,000 for CNNs, 500 for language models
+    batch_size: int = 32             # inputs per iteration. 32 is BRECQ's for CNNs
+    lr: float | None = None          # first rate. None is the method's default_lr
     seed: int = 0                    # of the batches, and of what is dropped
-    input_drop: float = 0.0          # share of x_fp in a block's input: 0 is X_tilde, 1 is X
-    abits: int | None = None         # of what each quantized layer takes as input; None: float
-    setting: str = "B"               # B learns weights, then steps; Q both, and drops (section 4)
-    step_lr: float | None = None     # first rate of a step's logarithm; None: STEP_LR
-    end_bits: int | None = 8         # of the first and the last layer; None: as the others
+    input_drop: float = 0.0          # share of x_fp in a block's input. 0 is X_tilde, 1 is X
+    abits: int | None = None         # of what each quantized layer takes as input. None is float
+    setting: str = "B"               # B learns weights, then steps. Q learns both, and drops
+    step_lr: float | None = None     # first rate of a step's logarithm. None is STEP_LR
+    end_bits: int | None = 8         # of the first and the last layer. None: as the others
     layer_bits: dict = field(default_factory=dict)   # {"<block index>.<layer name>": bits}
-    device: str | None = None        # each block is moved there for its turn; None: it stays
-    cache_device: str | None = None  # where cached activations lie; None: where blocks compute
+    device: str | None = None        # each block is moved there for its turn. None: it stays
+    cache_device: str | None = None  # where cached activations lie. None: where blocks compute
 
     def __post_init__(self):
-        for names, ok, allowed in [
-                ("method", lambda v: v in METHODS, " or ".join(METHODS)),
-                ("p lr step_lr", lambda v: v is None or type(v) in (int, float) and
-                 0 < v < math.inf, "a positive number"),
-                ("input_drop", lambda v: type(v) in (int, float) and 0 <= v <= 1,
-                 "a probability from 0 to 1"),
-                ("iterations batch_size", lambda v: type(v) is int and v >= 1,
-                 "an integer of at least 1"),
-                ("seed", lambda v: type(v) is int and 0 <= v < 2 ** 32,
-                 "an integer from 0 to 2^32 - 1"),
-                ("setting", lambda v: v in ("B", "Q"), "B or Q"),
-                ("layer_bits", lambda v: isinstance(v, dict), "a dict of bits")]:
-            for name in names.split():
-                if not ok(getattr(self, name)):
-                    raise ValueError(f"{name} = {getattr(self, name)!r}: {allowed} is allowed")
+        own = vars(self)
+        for name, ok, allowed in [
+                ("method", self.method in METHODS, " or ".join(METHODS)),
+                *((name, own[name] is None or 0 < own[name] < math.inf, "a positive number")
+                  for name in ("p", "lr", "step_lr")),
+                *((name, type(own[name]) is int and least <= own[name] < 2 ** 32,
+                   f"an integer from {least} to 2^32 - 1")
+                  for name, least in (("iterations", 1), ("batch_size", 1), ("seed", 0))),
+                ("input_drop", 0 <= self.input_drop <= 1, "a probability from 0 to 1"),
+                ("setting", self.setting in ("B", "Q"), "B or Q")]:
+            if not ok:
+                raise ValueError(f"{name} = {own[name]!r}: {allowed} is allowed")
         code_range(self.bits, self.symmetric)
         for name, bits in [("end_bits", self.end_bits), ("abits", self.abits),
                            *((f"layer_bits[{n!r}]", b) for n, b in self.layer_bits.items())]:
@@ -125,15 +118,17 @@ class BlockReport:
 
     index: int                               # the block's place in the list
     bits: dict[str, int]                     # of each quantized layer, by its name in the block
-    start_loss: float                        # of round to nearest; in setting B's second pass, of
-    #                                          learned weights and steps as found
-    final_loss: float                        # of the state that was kept: the smallest evaluation
-    best_iteration: int                      # when that was; 0 is the start
+    start_loss: float                        # of round to nearest, or in B's second pass of steps
+    #                                          as they were found
+    final_loss: float                        # of the state that was kept, the smallest evaluation
+    best_iteration: int                      # when that was. 0 is the start
     evaluations: list[tuple[int, float]]     # (iterations done, loss): start, then each quarter
-    history: list[float]                     # of each iteration's batch: for AdaRound with soft
-    #                                          codes and its regulariser
+    history: list[float]                     # of each iteration's batch, as descended
     seconds: float
     abits: dict[str, int] = field(default_factory=dict)    # of each quantized layer's input
+
+    def __str__(self):
+        return f"loss {self.start_loss:.3g} -> {self.final_loss:.3g} in {self.seconds:.1f} s"
 
 
 # ---- One block -----------------------------------------------------------------------------------
@@ -150,44 +145,12 @@ def block_loss(y: Tensor, y_fp: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def run(block: nn.Module, x: Tensor, batch_size: int, device, cache_device) -> Tensor:
-    """block(x) for all of x, a batch at a time. The result lies on cache_device."""
-    with parametrize.cached():                                       # quantize each weight once
-        # We copy each batch, because a block may work in place and x is used again.
-        return torch.cat([block(xs.to(device, copy=True)).to(cache_device)
-                          for xs in x.split(batch_size)])
-
-
-@torch.no_grad()
 def evaluate(block: nn.Module, x: Tensor, y_fp: Tensor, batch_size: int, device) -> float:
     """block_loss over all of x, a batch at a time."""
     with parametrize.cached():
         total = sum(len(xs) * block_loss(block(xs.to(device, copy=True)), ys.to(device))
                     for xs, ys in zip(x.split(batch_size), y_fp.split(batch_size), strict=True))
     return float(total) / len(x)
-
-
-def device_of(blocks) -> torch.device:
-    """The device of the first parameter. The CPU where there is none."""
-    return next((p.device for block in blocks for p in block.parameters()), torch.device("cpu"))
-
-
-def learned_parameters(block: nn.Module, config: ReconstructionConfig) -> tuple[list, list]:
-    """What is learned now, as two lists: the factors of weights, and the steps of activations.
-
-    With weights only, it is the factors. Setting B learns those first. It comes a second time, when
-    steps are in place, and then learns only these. Setting Q learns both together. Round to nearest
-    learns nothing. ValueError: the block does not hold the quantizers that config names.
-    """
-    kinds = {type(q) for q in quantizers(block).values()}
-    if kinds != {METHODS[config.method]}:
-        found = ", ".join(kind.__name__ for kind in kinds) or "no quantizers: call quantize_layers"
-        raise ValueError(f"the block holds {found}: {config.method} is needed, as config says")
-    factors = [p for q in quantizers(block).values() for p in q.parameters()]
-    steps = [p for q in input_quantizers(block).values() for p in q.parameters()]
-    if config.method == "rtn" or config.abits is None:
-        steps = []
-    return ([] if steps and not config.joint else factors), steps
 
 
 def reconstruct_block(block: nn.Module, x_q: Tensor, y_fp: Tensor, config: ReconstructionConfig,
@@ -208,9 +171,8 @@ def reconstruct_block(block: nn.Module, x_q: Tensor, y_fp: Tensor, config: Recon
         progress: called as progress(iterations done, last evaluated loss) after each iteration.
 
     Raises:
-        ValueError: other quantizers than config's.
         FloatingPointError: a loss that is not finite. Then, and on any other exception, the factors
-            are as they were before.
+            are as they were before. ValueError: other quantizers than config's.
     """
     began = time.perf_counter()
     learned, device = sum(learned_parameters(block, config), []), device_of([block])
@@ -228,13 +190,16 @@ def reconstruct_block(block: nn.Module, x_q: Tensor, y_fp: Tensor, config: Recon
     with learning(block, learned, 1000 * config.seed + index):       # a seed for each block
         try:
             iterate = make_iteration(block, x_q, y_fp, config, x_fp, index) if learned else None
-            for i in range(total + 1):                               # i iterations are done
+            # i counts the iterations that are done, so the start, i = 0, is evaluated as well.
+            for i in range(total + 1):
                 if i in marks:
                     block.eval()                                     # AdaRound: hard codes
                     loss = evaluate(block, x_q, y_fp, config.batch_size, device)
                     check_finite(history[:i].tolist(), loss, index, config)
                     evaluations.append((i, loss))
-                    if loss < best_loss:                             # the best iterate is kept
+                    # The best iterate is kept. Batches differ too much in difficulty to tell which
+                    # that is, so we compare losses on all inputs.
+                    if loss < best_loss:
                         best_loss, best_iteration = loss, i
                         best = [p.detach().clone() for p in learned]
                 if progress and i > 0:
@@ -252,40 +217,6 @@ def reconstruct_block(block: nn.Module, x_q: Tensor, y_fp: Tensor, config: Recon
             for find in (quantizers, input_quantizers)]
     return BlockReport(index, bits[0], evaluations[0][1], best_loss, best_iteration, evaluations,
                        history.tolist(), time.perf_counter() - began, bits[1])
-
-
-def check_finite(history: list[float], loss: float, index: int, config) -> None:
-    """FloatingPointError that names the first iteration whose loss is not finite."""
-    bad = [i for i, value in enumerate([*history, loss], 1) if not math.isfinite(value)]
-    if bad:
-        when = (f"at iteration {min(bad[0], len(history))} of {config.iterations}: try a smaller "
-                "lr" if history else "before training: do its activations overflow?")
-        raise FloatingPointError(f"block {index}, {config.method}: the loss is not finite {when}. "
-                                 "The block is left as it was")
-
-
-@contextmanager
-def learning(block: nn.Module, learned: list[nn.Parameter], seed: int):
-    """Within, only `learned` requires a gradient, and torch's own generator, which draws what QDrop
-    drops, starts from the seed. Afterwards the quantizers are frozen, the block is in eval mode,
-    and every other requires_grad and the generator are as they were."""
-    before, device = [(p, p.requires_grad) for p in block.parameters()], device_of([block])
-    placed = [*quantizers(block).values(), *input_quantizers(block).values()]
-    block.requires_grad_(False)
-    for p in learned:
-        p.requires_grad_(True)
-    cuda = device.type == "cuda"
-    try:
-        with torch.enable_grad(), torch.random.fork_rng([device] if cuda else []):
-            (torch.cuda if cuda else torch.default_generator).manual_seed(seed)
-            yield
-    finally:
-        for p, required in before:
-            p.requires_grad_(required)
-        for p in (p for q in placed for p in q.parameters()):
-            p.requires_grad_(False)
-            p.grad = None
-        block.eval()
 
 
 def make_iteration(block: nn.Module, x_q: Tensor, y_fp: Tensor, config: ReconstructionConfig,
@@ -321,9 +252,9 @@ def make_iteration(block: nn.Module, x_q: Tensor, y_fp: Tensor, config: Reconstr
         return t.detach().index_select(0, batch.to(t.device)).to(device)
 
     def step():
-        for q in regularised + dropping:
-            q.train()                                                # soft codes; dropping
-        x, y = drawn(x_q), drawn(y_fp)
+        for q in regularised + dropping:                             # AdaRound is soft in train
+            q.train()                                                # mode, LSQ drops in it
+        x, y = drawn(x_q), drawn(y_fp)                               # X_tilde and the target
         if config.drop > 0:                                          # QDrop, element by element
             x = torch.where(torch.rand(x.shape, device=device) < config.drop, drawn(x_fp), x)
         loss = block_loss(block(x), y)                               # the objective of section 3.1
@@ -336,6 +267,7 @@ def make_iteration(block: nn.Module, x_q: Tensor, y_fp: Tensor, config: Reconstr
         return loss.detach()
 
     step = step if record is None else record(step)
+
     def iterate(i):
         now.copy_(changing[i])
         batch.copy_(batches[i])
@@ -347,6 +279,150 @@ def make_iteration(block: nn.Module, x_q: Tensor, y_fp: Tensor, config: Reconstr
 
 # ---- A network: block after block ----------------------------------------------------------------
 
+@torch.no_grad()
+def run(block: nn.Module, x: Tensor, batch_size: int, device, cache_device) -> Tensor:
+    """block(x) for all of x, a batch at a time. The result lies on cache_device."""
+    with parametrize.cached():                                       # quantize each weight once
+        # We copy each batch, because a block may work in place and x is used again.
+        return torch.cat([block(xs.to(device, copy=True)).to(cache_device)
+                          for xs in x.split(batch_size)])
+
+
+def quantize_model(blocks, calibration: Tensor, config: ReconstructionConfig, show: bool = True):
+    """Quantize a network block after block, in place: the paper's method from end to end.
+
+    Afterwards the quantizers are in place, their factors are frozen, and the blocks are in eval
+    mode. flexround.fold makes the result permanent. Fold before you call net.train(), because in
+    train mode AdaRound is soft.
+
+    Args:
+        blocks: a list or nn.ModuleList of Tensor -> Tensor modules which, one after the other, are
+            the network. Any network that can be given so will do. Fold batch norm first.
+        calibration: (N, ...) inputs of the first block, on any device, in no particular order.
+        config: see ReconstructionConfig.
+        show: a progress bar. Where there is no terminal, a line for each block.
+
+    Returns:
+        A report for each block that has layers to quantize. In setting B a second one for each
+        follows, of its steps.
+
+    Raises:
+        ValueError: what is quantized already, or as plan and cache_bytes. This comes before work.
+        FloatingPointError: a loss that is not finite. Then, and on any other exception, that block
+            is as before, and the earlier ones stay quantized.
+    """
+    blocks = list(nn.ModuleList(blocks))
+    if len(calibration) == 0 or not torch.isfinite(calibration).all():
+        raise ValueError("calibration is empty or holds NaN or infinity")
+    if rounded := list(input_quantizers(nn.ModuleList(blocks))):
+        raise ValueError(f"the inputs of {rounded} are quantized already: take a float network")
+    bits = plan(blocks, config)
+    abits = plan(blocks, config, inputs=True) if config.abits else None
+    last = max(i for i, layers in enumerate(bits) if layers)         # nothing behind it is run
+    home, size = device_of(blocks), cache_bytes(blocks[:last + 1], calibration)
+    device = torch.device(config.device or home)
+    cache = torch.device(config.cache_device or device)
+    # Setting B goes through the blocks twice: weights, then steps. The targets of its second pass
+    # come from a float copy. Round to nearest learns nothing, so one pass is enough.
+    twice = abits is not None and not config.joint and config.method != "rtn"
+    passes = [(blocks, bits, None if twice else abits)]              # targets, weights, inputs
+    if twice:
+        passes.append((copy.deepcopy(blocks), None, abits))
+    show, reports = show and config.method != "rtn", []
+    bar = tqdm(total=len(passes) * sum(map(bool, bits)) * config.iterations, disable=None if show
+               else True, desc=f"{config.method} W{config.bits}, {size / 1e6:,.0f} MB cached")
+    for targets, weights, inputs in passes:
+        x_fp = x_q = calibration.detach().to(cache)
+        # This is the loop at the head of the file. The target y_fp comes first, while the block is
+        # still full precision. x_fp is X, and x_q is X_tilde.
+        for i, block in enumerate(blocks[:last + 1]):
+            y_fp = run(targets[i].eval().to(device), x_fp, config.batch_size, device, cache)
+            if bits[i]:
+                reports.append(_quantize_block(block.eval().to(device), x_q, y_fp, x_fp, config, i,
+                                               weights, inputs, home, bar))
+                if show and bar.disable:
+                    print(f"block {i} of {last}: {reports[-1]}", file=sys.stderr, flush=True)
+            x_fp, x_q = y_fp, run(block.eval().to(device), x_q, config.batch_size, device, cache)
+            targets[i].to(home), block.to(home)
+    bar.close()
+    for q in input_quantizers(nn.ModuleList(blocks).eval()).values():
+        q.drop = 0.0                                                 # learned: nothing drops now
+    return reports
+
+
+# ---- What the method needs around it -------------------------------------------------------------
+
+def _quantize_block(block, x_q, y_fp, x_fp, config, i, bits, abits, home, bar) -> BlockReport:
+    """Place the quantizers of block i and learn them. `bits` are those of weights, `abits` those of
+    inputs, block by block. None: not in this pass. On any exception the block is as it was."""
+    try:
+        if abits is not None:                                        # steps start on one batch
+            batches = (x.to(device_of([block])) for x in x_q.split(config.batch_size))
+            flexround.quantize_inputs(block, next(batches), abits[i], config.symmetric, config.p,
+                                      QDROP if config.joint else 0.0, batches)
+        if bits is not None:                                         # less what is tied elsewhere
+            skip = set(quantizable_layers(block)) - set(bits[i])
+            flexround.quantize_layers(block, config, bits[i], skip)  # round to nearest so far
+        return reconstruct_block(block, x_q, y_fp, config, x_fp if config.drop > 0 else None, i,
+                                 lambda *_: bar.update())
+    except BaseException:
+        flexround.remove_input_quantizers(block.to(home))
+        if bits is not None:
+            flexround.fold(block, keep=False)
+        raise
+
+
+def learned_parameters(block: nn.Module, config: ReconstructionConfig) -> tuple[list, list]:
+    """What is learned now, as two lists: the factors of weights, and the steps of activations.
+
+    With weights only, it is the factors. Setting B learns those first. It comes a second time, when
+    steps are in place, and then learns only these. Setting Q learns both together. Round to nearest
+    learns nothing. ValueError: the block does not hold the quantizers that config names.
+    """
+    kinds = {type(q) for q in quantizers(block).values()}
+    if kinds != {METHODS[config.method]}:
+        found = ", ".join(kind.__name__ for kind in kinds) or "no quantizers: call quantize_layers"
+        raise ValueError(f"the block holds {found}: {config.method} is needed, as config says")
+    factors = [p for q in quantizers(block).values() for p in q.parameters()]
+    steps = [p for q in input_quantizers(block).values() for p in q.parameters()]
+    if config.method == "rtn" or config.abits is None:
+        steps = []
+    return ([] if steps and not config.joint else factors), steps
+
+
+@contextmanager
+def learning(block: nn.Module, learned: list[nn.Parameter], seed: int):
+    """Within, only `learned` requires a gradient, and torch's own generator, which draws what QDrop
+    drops, starts from the seed. Afterwards the quantizers are frozen, the block is in eval mode,
+    and every other requires_grad and the generator are as they were."""
+    before, device = [(p, p.requires_grad) for p in block.parameters()], device_of([block])
+    cuda = device.type == "cuda"
+    own = {p for q in (*quantizers(block).values(), *input_quantizers(block).values())
+           for p in q.parameters()}
+    block.requires_grad_(False)
+    for p in learned:
+        p.requires_grad_(True)
+    try:
+        with torch.enable_grad(), torch.random.fork_rng([device] if cuda else []):
+            (torch.cuda if cuda else torch.default_generator).manual_seed(seed)
+            yield
+    finally:
+        for p, required in before:
+            p.requires_grad_(required and p not in own)
+        for p in own:
+            p.grad = None
+        block.eval()
+
+
+def check_finite(history: list[float], loss: float, index: int, config) -> None:
+    """FloatingPointError that names the first iteration whose loss is not finite."""
+    if bad := [i for i, value in enumerate([*history, loss], 1) if not math.isfinite(value)]:
+        when = (f"at iteration {min(bad[0], len(history))} of {config.iterations}: try a smaller lr"
+                if history else "before training: do its activations overflow?")
+        raise FloatingPointError(f"block {index}, {config.method}: the loss is not finite {when}. "
+                                 "The block is left as it was")
+
+
 def plan(blocks, config: ReconstructionConfig, inputs: bool = False) -> list[dict[str, int]]:
     """How many bits each layer gets: for each block a dictionary from layer name to bits.
 
@@ -354,7 +430,6 @@ def plan(blocks, config: ReconstructionConfig, inputs: bool = False) -> list[dic
     else stay float. end_bits goes to the first layer of the first block and the last layer of the
     last, and layer_bits goes before both. With inputs=True, the bits of the layers' inputs: abits
     and end_bits. We warn of weights that stay float, and where no layer has the bits you asked for.
-
     ValueError: layer_bits names what is not there, a layer stands in two blocks, there is nothing
     to quantize, or as flexround.quantizable_layers.
     """
@@ -381,10 +456,10 @@ def plan(blocks, config: ReconstructionConfig, inputs: bool = False) -> list[dic
             or name not in layers and not isinstance(m, known)
             and any("weight" in n and p.dim() > 1 for n, p in m.named_parameters(recurse=False))]
     if left and not inputs:
-        warnings.warn(f"only nn.Linear and nn.Conv2d are quantized; these stay float: {left}. Fold "
+        warnings.warn(f"only nn.Linear and nn.Conv2d are quantized, these stay float: {left}. Fold "
                       "batch norm first, as the paper does (models.fold_batchnorm)", stacklevel=3)
     if set(bits.values()) == {config.end_bits} != {asked}:
-        warnings.warn(f"no layer is left at {'abits' if inputs else 'bits'} = {asked}: {bits}; "
+        warnings.warn(f"no layer is left at {'abits' if inputs else 'bits'} = {asked}: {bits}. "
                       "end_bits = None makes no exception of the first and the last", stacklevel=3)
     return [{name.partition(".")[2]: b for name, b in bits.items() if name.split(".")[0] == str(i)}
             for i in range(len(blocks))]
@@ -392,8 +467,8 @@ def plan(blocks, config: ReconstructionConfig, inputs: bool = False) -> list[dic
 
 @torch.no_grad()
 def cache_bytes(blocks, calibration: Tensor) -> int:
-    """Run one input through the blocks, and return how many bytes of activations are cached at most
-    at a time. ValueError: a block that does not return a finite tensor for one input."""
+    """The most bytes of activations that are cached at a time, found by a run on one input.
+    ValueError: a block that does not return a finite tensor for it."""
     sizes, x = [calibration[0].nbytes], calibration[:1]
     for i, block in enumerate(blocks):
         x = block.eval()(x.to(device_of(blocks), copy=True))
@@ -405,98 +480,15 @@ def cache_bytes(blocks, calibration: Tensor) -> int:
     return len(calibration) * max(2 * (a + b) for a, b in zip(sizes, sizes[1:], strict=False))
 
 
-def quantize_model(blocks, calibration: Tensor, config: ReconstructionConfig,
-                   show: bool = True) -> list[BlockReport]:
-    """Quantize a network block after block, in place: the paper's method from end to end.
-
-    Afterwards the quantizers are in place, their factors are frozen, and the blocks are in eval
-    mode. flexround.fold makes the result permanent. Fold before you call net.train(), because in
-    train mode AdaRound is soft.
-
-    Args:
-        blocks: a list or nn.ModuleList of Tensor -> Tensor modules which, one after the other, are
-            the network. Any network that can be given so will do. Fold batch norm first.
-        calibration: (N, ...) inputs of the first block, on any device, in no particular order.
-        config: see ReconstructionConfig.
-        show: a progress bar. Where there is no terminal, a line for each block.
-
-    Returns:
-        A report for each block that has layers to quantize, in order. In setting B a second one for
-        each follows, of its steps.
-
-    Raises:
-        ValueError: what is quantized already, or as plan and cache_bytes. This comes before work.
-        FloatingPointError: a loss that is not finite. Then, and on any other exception, that block
-            is as before, and the earlier ones stay quantized.
-    """
-    blocks = list(nn.ModuleList(blocks))
-    if len(calibration) == 0 or not torch.isfinite(calibration).all():
-        raise ValueError(f"calibration, of shape {tuple(calibration.shape)}, is empty or holds NaN "
-                         "or infinity: one finite input or more is needed")
-    rounded = list(input_quantizers(nn.ModuleList(blocks)))
-    if rounded:
-        raise ValueError(f"the inputs of {rounded} are quantized already: take a float network")
-    bits = plan(blocks, config)
-    abits = plan(blocks, config, inputs=True) if config.abits else None
-    last = max(i for i, layers in enumerate(bits) if layers)         # nothing behind it is run
-    home, size = device_of(blocks), cache_bytes(blocks[:last + 1], calibration)
-    device = torch.device(config.device or home)
-    cache = torch.device(config.cache_device or device)
-
-    # Setting B goes through the blocks twice: weights, then steps. The targets of its second pass
-    # come from a float copy. Round to nearest learns nothing, so one pass is enough.
-    twice = abits is not None and not config.joint and config.method != "rtn"
-    passes = [(blocks, bits, None if twice else abits)]              # targets, weights, inputs
-    if twice:
-        passes.append((copy.deepcopy(blocks), None, abits))
-    total = len(passes) * sum(map(bool, bits)) * config.iterations * (config.method != "rtn")
-    reports, bar = [], tqdm(total=total, disable=None if show else True,
-                            desc=f"{config.method} W{config.bits}, {size / 1e6:,.0f} MB cached")
-    for targets, weights, inputs in passes:
-        x_fp = x_q = calibration.detach().to(cache)
-        for i, block in enumerate(blocks[:last + 1]):                # the loop at the head
-            y_fp = run(targets[i].eval().to(device), x_fp, config.batch_size, device, cache)
-            if bits[i]:
-                report = _quantize_block(block.eval().to(device), x_q, y_fp, x_fp, config, i,
-                                         weights, inputs, home, bar)
-                reports.append(report)
-                line = f"block {i} of {last}: {report.start_loss:.3g} -> {report.final_loss:.3g}"
-                bar.set_postfix_str(line)
-                if show and bar.disable:
-                    print(line, file=sys.stderr, flush=True)
-            x_fp, x_q = y_fp, run(block.eval().to(device), x_q, config.batch_size, device, cache)
-            targets[i].to(home), block.to(home)
-    bar.close()
-    for q in input_quantizers(nn.ModuleList(blocks).eval()).values():
-        q.drop = 0.0                                                 # learned: nothing drops now
-    return reports
-
-
-def _quantize_block(block, x_q, y_fp, x_fp, config, i, bits, abits, home, bar) -> BlockReport:
-    """Place the quantizers of block i and learn them. `bits` are those of weights, `abits` those of
-    inputs, block by block. None: not in this pass. On any exception the block is as it was."""
-    try:
-        if abits is not None:                                        # steps start on one batch
-            batches = (x.to(device_of([block])) for x in x_q.split(config.batch_size))
-            flexround.quantize_inputs(block, next(batches), abits[i], config.symmetric, config.p,
-                                      QDROP if config.joint else 0.0, batches)
-        if bits is not None:                                         # less what is tied elsewhere
-            skip = set(quantizable_layers(block)) - set(bits[i])
-            flexround.quantize_layers(block, config, bits[i], skip)  # round to nearest so far
-        return reconstruct_block(block, x_q, y_fp, config, x_fp if config.drop > 0 else None, i,
-                                 lambda *_: bar.update())
-    except BaseException:
-        flexround.remove_input_quantizers(block.to(home))
-        if bits is not None:
-            flexround.fold(block, keep=False)
-        raise
+def device_of(blocks) -> torch.device:
+    """The device of the first parameter. The CPU where there is none."""
+    return next((p.device for block in blocks for p in block.parameters()), torch.device("cpu"))
 
 
 # ---- The integers, out and back ------------------------------------------------------------------
 
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """Unsigned codes below 2^bits as uint8 bytes: one behind the other, least significant bit
-    first, across byte borders."""
+    """Unsigned codes below 2^bits as bytes: one behind the other, least significant bit first."""
     ones = np.unpackbits(codes.to(torch.uint8).numpy().reshape(-1, 1), axis=1, bitorder="little")
     return torch.from_numpy(np.packbits(ones[:, :bits], bitorder="little"))
 
@@ -529,8 +521,7 @@ def save_quantized(model: nn.Module, path) -> int:
         key: value.cpu() for key, value in model.state_dict().items()
         if ".parametrizations.weight." not in f".{key}" and ".input_quantizer." not in f".{key}"}}
     for name, layer in model.named_modules(remove_duplicate=False):  # every name, as in state_dict
-        q = quantizers(layer).get("")
-        if q is not None:
+        if q := quantizers(layer).get(""):
             codes = q.codes(layer.parametrizations.weight.original).cpu()
             file["layers"][name] = {
                 "bits": q.bits, "symmetric": q.symmetric, "s1": q.s1.cpu(), "zero_point":
@@ -545,12 +536,12 @@ def save_quantized(model: nn.Module, path) -> int:
 
 
 def load_quantized(model: nn.Module, path) -> nn.Module:
-    """Put the weights of a file of save_quantized into a float network; return it in eval mode.
+    """Put the weights of a file of save_quantized into a float network. Return it in eval mode.
 
     The result computes what the saved model does. Its layers are plain and hold W_hat. Where inputs
     of layers were quantized, they are again. We check all before we change the first tensor.
 
-    model: the float architecture of the saved model, batch norm folded where it was there.
+    model is the float architecture of the saved model, batch norm folded where it was there.
     ValueError: another kind of file, or another architecture (it names the layer).
     """
     try:
@@ -587,38 +578,33 @@ def load_quantized(model: nn.Module, path) -> nn.Module:
 # ---- The main job --------------------------------------------------------------------------------
 
 def parser() -> argparse.ArgumentParser:
-    flags = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-                                    description="Quantize networks with each method: one table.")
+    flags = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = flags.add_argument
     add("--model", nargs="+", default=["resnet", "mobilenet", "gpt"],
         help="resnet, mobilenet (digits), gpt (characters), resnet20 (CIFAR-10, needs --data)")
     add("--method", nargs="+", default=list(METHODS), help="keys of flexround.METHODS")
     add("--bits", nargs="+", type=int, default=[3, 2], help="of a weight, 2 to 8")
-    add("--abits", type=int, help="of each layer's input, 2 to 8; None: weights only")
+    add("--abits", type=int, help="of each layer's input, 2 to 8. None: weights only")
     add("--setting", default="B", help="with --abits: B or Q")
-    add("--iterations", type=int, default=250, help="per block; the paper: 5,000 for CNNs")
-    add("--lr", type=float, help="first rate; None: each method's default_lr")
+    add("--iterations", type=int, default=250, help="per block. The paper has 5,000 for CNNs")
+    add("--lr", type=float, help="first rate. None: each method's default_lr")
     add("--seed", type=int, default=0, help="of the calibration inputs and of the batches")
     add("--data", help="resnet20: folder of CIFAR-10's binary files, maybe with the checkpoint")
-    add("--networks", help="folder of the small trained networks; None: ours")
+    add("--networks", help="folder of the small trained networks. None: ours")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, ...")
     return flags
 
 
 def one_run(job) -> tuple:
-    """Score one network with one config (None: full precision), in a process of its own."""
+    """Score one network with one config (None: full precision)."""
     import models
     key, config, name, options = job
     task = models.load_task(name, **options)
-    try:
-        if config is not None:
-            quantize_model(task.net.blocks, task.calibration,
-                           replace(config, batch_size=task.batch_size), show=False)
-        with parametrize.cached():                                   # quantize each weight once
-            return key, task.score(task.net)
-    except FloatingPointError as error:                              # the other runs go on
-        print(f"{name}: {error}", file=sys.stderr)
-        return key, math.nan
+    if config is not None:
+        quantize_model(task.net.blocks, task.calibration,
+                       replace(config, batch_size=task.batch_size), show=False)
+    with parametrize.cached():                                       # quantize each weight once
+        return key, task.score(task.net.to(config.device if config else "cpu"))
 
 
 def main(arguments=None) -> None:
@@ -630,35 +616,35 @@ def main(arguments=None) -> None:
                                     lr=args.lr, abits=args.abits, setting=args.setting,
                                     device=args.device)
                for bits in args.bits for method in args.method]
-    for name in args.model:                                          # what is missing is said first
+    for name in args.model:                                          # what is missing is said here
         print(f"{name}: {models.load_task(name, **options).about}")
-    jobs = [((name, None), None, name, options) for name in args.model]
-    jobs += [((name, c.bits, c.method), c, name, options) for name in args.model for c in configs]
+    activations = f"A{args.abits}" if args.abits else ""
+    labels = {f"W{config.bits}{activations} {config.method}": config for config in configs}
+    jobs = [(f"{name} {label}", config, name, options) for name in args.model
+            for label, config in {"full precision": None, **labels}.items()]
     # The runs do not depend on each other. On a CPU we make them side by side, in processes of one
     # thread each. This takes the least time, and the number of cores then changes no result.
-    workers = min(len(jobs), os.cpu_count() or 1, 8) if args.device == "cpu" else 1
+    workers = min(len(jobs), multiprocessing.cpu_count(), 8) if args.device == "cpu" else 1
     print(f"{len(jobs)} runs, {workers} at a time: symmetric grid per tensor, {args.iterations} "
           f"iterations a block; torch {torch.__version__} on {args.device}", flush=True)
-    began, found = time.perf_counter(), {}
+    names, began, found = [METHODS[m].__name__ for m in args.method], time.perf_counter(), {}
     with multiprocessing.get_context("spawn").Pool(workers, torch.set_num_threads, (1,)) as pool:
         for key, score in pool.imap_unordered(one_run, jobs):
             found[key] = score
             left = (time.perf_counter() - began) * (len(jobs) / len(found) - 1)
-            print(f"{' '.join(map(str, key))}: {score:.2f} (about {left:.0f} s left)", flush=True)
-    titles = (f"{METHODS[method].__name__} |" for method in args.method)
-    print("\n| network | bits | full precision |", *titles)
-    print("|---|---|---" + "|---" * len(args.method) + "|")
-    for name in args.model:
-        for bits in args.bits:
-            scores = [found[name, None], *(found[name, bits, method] for method in args.method)]
-            print(f"| {name} | W{bits}{f'A{args.abits}' if args.abits else ''} |",
-                  *(f"{score:.2f} |" for score in scores))
+            print(f"{key}: {score:.2f} (about {left:.0f} s left)", flush=True)
+        pool.close(), pool.join()
+    print("\n| network | bits | full precision |", " | ".join(names), "|")
+    print("|---|---|---|" + "---|" * len(names))
+    for name, bits in itertools.product(args.model, (f"W{b}{activations}" for b in args.bits)):
+        keys = [f"{name} full precision", *(f"{name} {bits} {method}" for method in args.method)]
+        print(f"| {name} | {bits} |", *(f"{found[key]:.2f} |" for key in keys))
 
 
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, OSError, ImportError, RuntimeError) as problem:
+    except (ValueError, OSError, ImportError, RuntimeError, ArithmeticError) as problem:
         sys.exit(f"reconstruct.py: {problem}")
     except KeyboardInterrupt:
         sys.exit("reconstruct.py: stopped")

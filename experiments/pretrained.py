@@ -1,0 +1,163 @@
+"""Published networks: torchvision's ResNet-18 and ResNet-50 on ImageNet, and GPT-2 on WikiText-2.
+
+    python -m experiments.pretrained resnet18 --data IMAGENET --bits 4
+    python -m experiments.pretrained gpt2 --checkpoint FILE --data WIKITEXT --bits 4
+
+Not measured here: we had neither the weights, nor ImageNet, nor GPT-2's vocabulary. We checked with
+random weights that our blocks compute what the two packages compute (test_experiments.py). They are
+optional: pip install torchvision, pip install transformers.
+"""
+import argparse
+import importlib
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.utils.data import DataLoader, Subset
+
+import models
+from experiments.studies import NAMES
+from experiments.timing import peak_memory
+from flexround import fold
+from reconstruct import ReconstructionConfig, quantize_model
+
+
+def need(package: str):
+    """The package. ImportError says how to install it."""
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise ImportError(f"{package} is needed: pip install {package} ({error})") from error
+
+
+# ---- ResNets on ImageNet -------------------------------------------------------------------------
+
+def resnet(name: str, weights: str | None = "IMAGENET1K_V1", checkpoint=None) -> models.Blocks:
+    """torchvision's resnet18 or resnet50 as a list of blocks: the stem, each residual block, and
+    pooling with the classifier. Batch norm is not folded.
+
+    checkpoint: torchvision's file of the weights. None downloads them, and weights=None leaves
+    random ones.
+    """
+    make = getattr(need("torchvision").models, name)
+    net = make(weights=None if checkpoint else weights)
+    if checkpoint:
+        net.load_state_dict(torch.load(checkpoint, map_location="cpu", weights_only=True))
+    stages = (net.layer1, net.layer2, net.layer3, net.layer4)
+    return models.Blocks(nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool),
+                         *(block for stage in stages for block in stage),
+                         nn.Sequential(net.avgpool, nn.Flatten(), net.fc)).eval()
+
+
+def imagenet_task(name, data, checkpoint, samples, seed, split) -> models.Task:
+    """data: a folder with train and val, and in each of them a folder for each class. We calibrate
+    on images of train and score val, or with split "train" up to 10,000 other images of train."""
+    net, vision = resnet(name, checkpoint=checkpoint), need("torchvision")
+    transforms = vision.models.ResNet18_Weights.IMAGENET1K_V1.transforms()   # ResNet-50's V1, too
+    images, held = (vision.datasets.ImageFolder(Path(data, part), transforms)
+                    for part in ("train", "train" if split == "train" else "val"))
+    if len(images.classes) != 1000 or images.classes != held.classes:
+        warnings.warn(f"{data} has {len(images.classes)} classes in train and {len(held.classes)} "
+                      "in val: without ImageNet's 1,000 the accuracy says nothing", stacklevel=2)
+    index, rest = models.draw(len(images), samples or 1024, seed)
+    if split == "train":
+        held = Subset(images, rest[:10_000].tolist())
+    x = torch.stack([images[i][0] for i in index])                   # (N, 3, 224, 224)
+
+    def score(net):                                                  # 50,000 images are 30 GB
+        batches = DataLoader(held, 64, num_workers=torch.get_num_threads())
+        return sum(models.accuracy(net, *batch) * len(batch[1]) for batch in batches) / len(held)
+
+    return models.Task(models.fold_batchnorm(net, x[:8]), x, score, 32,
+                       f"ImageNet; accuracy on {len(held):,} {split} images")
+
+
+# ---- GPT-2 on WikiText-2 -------------------------------------------------------------------------
+
+def gpt2_tokens(string: str, tokenizer: str) -> Tensor:
+    """A text as GPT-2's tokens, (length,). tokenizer: a name on Hugging Face, or its folder."""
+    tokens = need("transformers").GPT2TokenizerFast.from_pretrained(tokenizer)(string)["input_ids"]
+    return torch.tensor(tokens)
+
+
+def wikitext_task(checkpoint, data, tokenizer, samples, seed, split) -> models.Task:
+    """data: a folder with wiki.train.raw, wiki.valid.raw and wiki.test.raw, or wikitext2.train.txt
+    and so on. We calibrate on train, or where it is missing on valid, and score test. With split
+    "train" we score valid, without a train file its second half."""
+    if checkpoint is None:
+        raise ValueError("gpt2 needs the file of its weights (--checkpoint): pytorch_model.bin or "
+                         "model.safetensors of openai-community/gpt2")
+    net = models.gpt2(checkpoint)
+    found = {part: path for part in ("train", "valid", "test") for path in
+             (Path(data, f"wikitext2.{part}.txt"), Path(data, f"wiki.{part}.raw")) if path.exists()}
+    pool, held = "train" if "train" in found else "valid", "test" if split == "test" else "valid"
+    for part in (pool, held):
+        if part not in found:
+            raise FileNotFoundError(f"no wiki.{part}.raw and no wikitext2.{part}.txt in {data}")
+    ours, theirs = (gpt2_tokens(models.text(found[part]), tokenizer) for part in (pool, held))
+    if pool == held:
+        ours, theirs = ours[:len(ours) // 2], ours[len(ours) // 2:]
+    start, _ = models.draw(len(ours) - net.context, samples or 128, seed)
+    x = ours[start[:, None] + torch.arange(net.context)]             # (N, context)
+    return models.Task(net, x, lambda net: models.perplexity(net, theirs, net.context, 1), 4,
+                       f"calibrated on {found[pool].name}; perplexity on {len(theirs):,} tokens of "
+                       f"{found[held].name}")
+
+
+# ---- The command line ----------------------------------------------------------------------------
+
+def main(arguments=None) -> None:
+    flags = argparse.ArgumentParser(prog="python -m experiments.pretrained", description=(
+        "Quantize a published network, and score it."))
+    add = flags.add_argument
+    add("name", choices=["resnet18", "resnet50", "gpt2"])
+    add("--data", required=True, help="folder of ImageNet (train, val) or of WikiText-2's files")
+    add("--checkpoint", help="file of the weights. None: torchvision downloads a ResNet's")
+    add("--tokenizer", default="openai-community/gpt2", help="gpt2: a name, or a folder")
+    add("--method", nargs="+", default=["flexround"])
+    add("--bits", nargs="+", type=int, default=[4])
+    add("--abits", type=int, help="of activations. None: float")
+    add("--setting", default="B", help="with --abits: B or Q")
+    add("--iterations", type=int, help="per block. None: the paper's 5,000, for gpt2 500")
+    add("--lr", type=float, help="first rate. None: the method's")
+    add("--samples", type=int, help="calibration inputs. None: 1,024 images or 128 sequences")
+    add("--seed", type=int, default=0)
+    add("--split", choices=["test", "train"], default="test", help="train: what settings are "
+        "chosen on")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--cache-device", help="cpu keeps cached activations off a GPU")
+    args = flags.parse_args(arguments)
+    text = args.name == "gpt2"
+    options = args.samples, args.seed, args.split
+    task = (wikitext_task(args.checkpoint, args.data, args.tokenizer, *options) if text else
+            imagenet_task(args.name, args.data, args.checkpoint, *options))
+    configs = [ReconstructionConfig(method, bits, symmetric=not text, lr=args.lr, seed=args.seed,
+                                    iterations=args.iterations or (500 if text else 5000),
+                                    batch_size=task.batch_size, abits=args.abits,
+                                    setting=args.setting, device=args.device,
+                                    cache_device=args.cache_device)
+               for bits in args.bits for method in args.method]      # an error comes before work
+    print(f"{args.name}: {task.about}\nin full precision "
+          f"{task.score(task.net.to(args.device)):.2f}", flush=True)
+    for config in configs:
+        task.net.cpu()                                               # a block at a time is moved
+        began = time.perf_counter()
+        quantize_model(task.net.blocks, task.calibration, config)
+        seconds = time.perf_counter() - began
+        with parametrize.cached():                                   # quantize each weight once
+            score = task.score(task.net.to(args.device))
+        print(f"W{config.bits}{f'A{config.abits}' if config.abits else ''} "
+              f"{NAMES[config.method]}: {score:.2f} ({seconds:.0f} s)", flush=True)
+        fold(task.net, keep=False)                                   # float again
+    print(f"peak memory: {peak_memory(args.device)}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError, ImportError, RuntimeError) as problem:
+        sys.exit(f"pretrained: {problem}")

@@ -1,0 +1,382 @@
+"""The studies: of which runs they consist, how a run is made, and the tables of their scores.
+
+    python -m experiments.studies NAME --table               the table of the runs that lie here
+    python -m experiments.studies NAME --out mine.jsonl      make the study again, into your file
+
+A study is a list of runs. A run is one network, quantized with one configuration. Its record is one
+line of JSON: the study, the network, all settings, the score, the seconds, the machine. If a study
+is stopped, the same command goes on where its file ends. Some studies need networks that are
+trained first, and kept in the folder --networks. experiments/README.md says what each study shows.
+"""
+import argparse
+import json
+import math
+import platform
+import statistics
+import sys
+import time
+import warnings
+from contextlib import nullcontext
+from dataclasses import asdict, replace
+from itertools import product
+from multiprocessing import get_context
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch.nn.utils import parametrize
+
+import models
+from experiments import tools, train
+from flexround import quantizers
+from reconstruct import ReconstructionConfig, device_of, quantize_model
+
+HERE = Path(__file__).parent
+COMMITTED = [HERE / "results.jsonl", HERE / "first.jsonl"]           # no run is added to these
+NAMES = {"rtn": "round to nearest", "adaround": "AdaRound", "adaquant": "AdaQuant",
+         "adaquant-steps": "AdaQuant, V_in_steps True", "flexround": "FlexRound"}
+# Character GPTs on tinyshakespeare: layers, width, context, steps of training.
+TEXTS = {"shakespeare": (4, 128, 128, 2500), "small-shakespeare": (3, 64, 64, 1000)}
+# The table's name of a network that is not the one of models.load_task.
+ROWS = {"cifar-mobilenet": "mobilenet", "small-shakespeare": "gpt"}
+
+
+class Run(NamedTuple):
+    network: str                     # of models.load_task, "cifar-mobilenet", or a key of TEXTS
+    config: ReconstructionConfig
+    spread: float = 1                # tools.rescale makes the channels unequal by it
+    split: str = "test"              # "train" scores data on which you may choose settings
+    sgd: bool = False                # plain SGD in place of Adam
+
+    @property
+    def row(self) -> str:
+        """The network's name in the table."""
+        name = ROWS.get(self.network, self.network)
+        return name if self.spread == 1 else f"{name}, channels x {self.spread:g}"
+
+    @property
+    def settings(self) -> dict:
+        """The configuration as a record holds it."""
+        return {**asdict(self.config), "optimizer": "sgd" if self.sgd else "adam"}
+
+
+# ---- The studies, as data ------------------------------------------------------------------------
+
+def grid(networks: str, rates: dict, bits=(3, 2), seeds=(0, 1, 2), spreads=(1,), split="test",
+         sgd=False, **settings) -> list[Run]:
+    """A run for each combination. rates: for each method a list of first rates."""
+    return [Run(network, ReconstructionConfig(method, b, seed=seed, lr=lr, batch_size=(
+                8 if network in ("gpt", *TEXTS) else 32), **settings), spread, split, sgd)
+            for network, spread, b in product(networks.split(), spreads, bits)
+            for method, some in rates.items() for lr, seed in product(some, seeds)]
+
+
+def search(networks: str, rates: dict, bits=(3, 2), **settings) -> list[Run]:
+    """As grid, with one seed and on the split "train": how rates were chosen."""
+    return grid(networks, rates, bits, (0,), split="train", **settings)
+
+
+RTN, THREE = {"rtn": [None]}, {"adaround": [0.3], "adaquant": [1e-3], "flexround": [8e-3]}
+FOUR, ALL, SIX = RTN | THREE, (4, 3, 2), [3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1]
+AT_4, AT_8 = {"adaround": [0.3], "flexround": [8e-3]}, {"adaround": [0.1], "flexround": [2e-3]}
+GPT = {"abits": 8, "setting": "Q", "symmetric": False}               # the paper's, for GPTs
+STEPS = (4e-4, 4e-3, 4e-2)                                           # rates of activations' steps
+
+STUDIES = {
+    "first": grid("resnet mobilenet gpt", FOUR, iterations=250),
+    "main": grid("resnet mobilenet gpt", FOUR, iterations=250),
+    "resnet20": grid("resnet20", FOUR | {"adaquant": [2.5e-4]}, ALL, iterations=1000),
+    "mobilenet": grid("cifar-mobilenet", FOUR | {"adaquant": [4e-3], "flexround": [4e-3]}, ALL,
+                      iterations=1000),
+    "shakespeare": grid("shakespeare", FOUR, ALL, iterations=500),
+    "resnet20-short": grid("resnet20", THREE, ALL, iterations=250),
+    "mobilenet-digits": grid("mobilenet", FOUR, ALL, iterations=250) +
+    grid("mobilenet", {"adaround": [0.3]}, ALL, iterations=1000),
+    "ablation": [run for off in ("use_s3_s4", "learn_s1") for run in grid(
+        "cifar-mobilenet", {"flexround": [4e-3]}, ALL, iterations=1000, **{off: False})],
+    "grids": [run for own in ({"per_channel": True}, {"symmetric": False}) for run in grid(
+        "resnet20", FOUR | {"adaquant": [2.5e-4]}, [3], [0], iterations=1000, **own)],
+    "unequal": [run for rates, own in (
+        (FOUR | {"adaquant": [1.6e-2], "adaquant-steps": [1.6e-2], "flexround": [3.2e-2]}, {}),
+        ({"flexround": [3.2e-2]}, {"use_s3_s4": False}),
+        ({"flexround": [3.2e-2]}, {"learn_s1": False}))
+        for run in grid("resnet", rates, spreads=(1, 4, 16), iterations=500, **own)],
+    "sgd": grid("resnet", {"adaquant": [3e-3], "flexround": [3e-2]}, spreads=(1, 16), sgd=True,
+                iterations=500),
+    "activations": [run for bits, setting in product((4, 3), "BQ") for run in grid(
+        "resnet20 mobilenet resnet", THREE, [bits], iterations=250, abits=bits, setting=setting,
+        step_lr=4e-4)],
+    "shakespeare-activations": [run for bits, rates in ((8, RTN | AT_8), (4, RTN | AT_4))
+                                for run in grid("shakespeare", rates, [bits], iterations=500,
+                                                step_lr=4e-4, **GPT)],
+    "gpt-activations": [run for bits, rates in ((8, AT_8), (4, AT_4)) for run in
+                        grid("small-shakespeare", RTN, [bits], iterations=250, **GPT) +
+                        grid("small-shakespeare", rates, [bits], iterations=250, step_lr=4e-4,
+                             **GPT)],
+    "rates": [run for names, iterations in (("resnet20", 1000), ("mobilenet gpt", 1000),
+                                            ("mobilenet gpt", 250))
+              for run in search(names, {"adaround": [0.01, 0.03, 0.1, 0.3, 1.0],
+                                        "adaquant": [1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3],
+                                        "flexround": [2e-3, 4e-3, 8e-3, 1.6e-2]},
+                                iterations=iterations)],
+    "exponents": [run for p in (2.0, 2.4, 3.0) for run in search(
+        "resnet20 mobilenet gpt", RTN | {"flexround": [4e-3]}, iterations=1000, p=p)],
+    "rates-mobilenet": search("cifar-mobilenet", {
+        "adaround": [0.1, 0.3, 1.0], "adaquant": [2.5e-4, 1e-3, 4e-3, 1.6e-2],
+        "flexround": [4e-3, 8e-3, 1.6e-2, 3.2e-2]}, iterations=1000),
+    "rates-shakespeare": search("shakespeare", {
+        "adaround": [0.1, 0.3], "adaquant": [2.5e-4, 1e-3, 4e-3],
+        "flexround": [4e-3, 8e-3, 1.6e-2]}, iterations=500),
+    "rates-unequal": search("resnet", {
+        "adaquant": [1e-3, 4e-3], "adaquant-steps": [1e-2, 4e-2], "flexround": [8e-3, 3.2e-2]},
+        iterations=500) + search("resnet", {
+            "adaround": [0.1, 0.3, 1.0], "adaquant": [1e-3, 4e-3, 1.6e-2, 6.4e-2],
+            "adaquant-steps": [1e-2, 1.6e-2, 4e-2], "flexround": [8e-3, 3.2e-2, 0.128]},
+            spreads=(4, 16), iterations=500),
+    "rates-sgd":
+        search("resnet", {"adaquant": SIX, "adaquant-steps": SIX, "flexround": SIX}, [2], sgd=True,
+               iterations=500) +
+        search("resnet", {"adaquant": SIX[:4], "adaquant-steps": SIX[:3], "flexround": SIX}, [2],
+               spreads=[16], sgd=True, iterations=500),
+    "rates-activations": [run for setting, rate in product("BQ", STEPS) for run in search(
+        "resnet mobilenet", THREE, [3], iterations=250, abits=3, setting=setting, step_lr=rate)],
+    "rates-gpt-activations": search("small-shakespeare", {
+        "adaround": [0.03, 0.1, 0.3], "flexround": [5e-4, 2e-3, 8e-3]}, [8], iterations=250,
+        step_lr=4e-3, **GPT) + [run for rate in STEPS for run in search(
+            "small-shakespeare", AT_4, [4], iterations=250, step_lr=rate, **GPT)],
+    "rates-8-bits": search("gpt", {"flexround": [4e-3, 1e-3, 2.5e-4], "adaquant": [4e-4, 1e-4],
+                                   "adaround": [0.3, 0.1]}, [8], iterations=250),
+    "precision": [],                 # bf16 is gone: the runs were made at commit cdf787b
+}
+
+
+# ---- One run -------------------------------------------------------------------------------------
+
+def load(run: Run, data=None, networks=None) -> models.Task:
+    """The run's network and data. data and networks: see the command line. ValueError, OSError:
+    what is missing."""
+    name, seed, split = run.network, run.config.seed, run.split
+    if name == "cifar-mobilenet" or name in TEXTS:
+        if data is None or networks is None:
+            raise ValueError(f"{name} needs --data, and --networks, a folder where the trained "
+                             "network is kept")
+    if name == "cifar-mobilenet":
+        x, y = models.cifar10(data, train=True)
+        net = train.kept(Path(networks, f"{name}.pt"), lambda: models.MobileNet(stride=2),
+                         lambda net: train.train(net, train.image_batches(x, y, shift=4), 6000,
+                                                 5e-3))
+        task = models.image_task(net, x, y, models.cifar10(data, train=False), "CIFAR-10", 1024,
+                                 seed, split)
+    elif name in TEXTS:
+        layers, width, context, steps = TEXTS[name]
+        path = Path(data) if Path(data).is_file() else Path(data, "tinyshakespeare.txt")
+        net, tokens = train.text_network(Path(networks, f"{name}.pt"), models.text(path), layers,
+                                         width, context, steps)
+        task = models.text_task(net, tokens, f"{layers} layers, width {width}; characters of "
+                                f"{path.name}", 128, seed, split)
+    else:
+        task = models.load_task(name, data, networks or models.NETWORKS, seed, split)
+    tools.rescale(task.net, run.spread)
+    return task
+
+
+def one_run(job) -> tuple[int, dict | None]:
+    """Make one run. job: its number, the Run, its record so far, and the options of load. Returns
+    the number and the whole record. None: its loss was not finite, and we have said so."""
+    number, run, record, options = job
+    task = load(run, **options)
+    began = time.perf_counter()
+    try:
+        with tools.plain_sgd() if run.sgd else nullcontext():
+            reports = quantize_model(task.net.blocks, task.calibration, run.config, show=False)
+    except FloatingPointError as error:                              # the other runs go on
+        print(f"{run.row}: {error}", file=sys.stderr)
+        return number, None
+    seconds = time.perf_counter() - began
+    device = device_of([task.net.to(run.config.device or "cpu")])    # whole, for the score
+    moved, ratios = [], []
+    for name, q in quantizers(task.net).items():
+        W = task.net.get_submodule(name).parametrizations.weight.original
+        start = tools.start_of(q, W, run.config.p)
+        moved.append((q.codes(W) - start.codes(W)).abs().flatten())
+        ratios.append(float((q.log_s1 - start.log_s1).exp().median()))
+    moved = torch.cat(moved)
+    with parametrize.cached():                                       # quantize each weight once
+        score = task.score(task.net)
+    machine = (torch.cuda.get_device_name(device) if device.type == "cuda" else
+               f"{platform.machine()}, {torch.get_num_threads()} threads")
+    return number, {
+        **record, "config": run.settings, "score": round(score, 6),
+        "loss": reports[-1].final_loss, "seconds": round(seconds, 1),
+        "kept_last": sum(r.best_iteration == run.config.iterations for r in reports) / len(reports),
+        "block_seconds": [round(r.seconds, 2) for r in reports],
+        "moved": [float((moved >= steps).float().mean()) for steps in (1, 2)],
+        "s1_ratio": [min(ratios), max(ratios)], "machine": f"{machine}, torch {torch.__version__}"}
+
+
+# ---- Files of runs -------------------------------------------------------------------------------
+
+# Settings that older records hold and the code no longer has, as every other run has them.
+GONE = {"optimizer": "adam", "precision": "float32", "cache_dtype": None, "cuda_graph": True}
+DEFAULTS = {**asdict(ReconstructionConfig()), **GONE}
+
+
+def settings_of(record: dict) -> dict:
+    """The settings of a record, in one order. What it does not hold had its default, and an older
+    name gives way to the present one. We leave devices out."""
+    settings = DEFAULTS | record["config"]
+    if settings.pop("V_in_steps", False):
+        settings["method"] = "adaquant-steps"
+    return {k: v for k, v in settings.items() if k not in ("device", "cache_device")}
+
+
+def same_run(record: dict, run: Run, facts: dict) -> bool:
+    """Whether a record is of this run, on whatever device. facts: the record's beginning, which
+    holds the study, the network, its data, and its score in full precision."""
+    return (all(record[key] == value for key, value in facts.items() if key != "full")
+            and math.isclose(record["full"], facts["full"], rel_tol=1e-4)    # the same weights
+            and settings_of(record) == settings_of({"config": run.settings}))
+
+
+def read_results(path) -> list[dict]:
+    """The records of a file, one JSON a line. Where there is no file, none. A last line without its
+    end was cut off: we leave it out, with a warning. ValueError: a line that is no JSON."""
+    whole, _, cut = (Path(path).read_text() if Path(path).exists() else "").rpartition("\n")
+    if cut:
+        warnings.warn(f"{path}: its last line is cut off", stacklevel=2)
+    try:
+        return [json.loads(line) for line in whole.splitlines()]
+    except ValueError as error:
+        raise ValueError(f"{path} is no file of runs, one JSON a line ({error})") from error
+
+
+def append_result(path, record: dict) -> None:
+    """Add a record as a line of its own. A last line that was cut off goes."""
+    whole = Path(path).read_bytes().rfind(b"\n") + 1 if Path(path).exists() else 0
+    with open(path, "a") as out:
+        out.truncate(whole)
+        out.write(json.dumps(record) + "\n")
+
+
+def table(records: list[dict]) -> str:
+    """The records as a Markdown table, networks and bits down, methods and their settings across.
+    With more than 7 columns it is the other way round.
+
+    A cell is the median over the seeds. Behind it stand, where they differ, the minimum and the
+    maximum, and the median of the seconds. A setting is named where it varies within its method and
+    is not the default. The rate is always named.
+    """
+    hidden = ("method", "bits", "abits", "seed", "batch_size", "layer_bits")
+    seen = [settings_of(record) for record in records]
+    cells, full, columns = {}, {}, {}
+    for record, own in zip(records, seen, strict=True):
+        same = [other for other in seen if other["method"] == own["method"]]
+        named = [f"{k} {v}" for k, v in own.items() if k not in hidden and v != DEFAULTS[k] and (
+            k == "lr" or any(other[k] != v for other in same))]
+        column = ", ".join([NAMES.get(own["method"], own["method"]), *named])
+        abits = f"A{own['abits']}" if own["abits"] else ""
+        row = f"{record['network']} | W{own['bits']}{abits}"
+        full.setdefault(row, []).append(record["full"])              # with "train" each seed's own
+        columns[column] = None                                       # in the order of the records
+        cells.setdefault((row, column), []).append(record)
+
+    def cell(row, column):
+        runs = cells.get((row, column))
+        if runs is None:
+            return ""
+        low, middle, high = (f"{f([r['score'] for r in runs]):.2f}"
+                             for f in (min, statistics.median, max))
+        seconds = f"{statistics.median(r['seconds'] for r in runs):.0f} s"
+        return f"{middle} ({'' if low == high else f'{low} to {high}; '}{seconds})"
+
+    heads = {row: f"{row} | {statistics.median(scores):.2f}" for row, scores in full.items()}
+    lines = [["network | bits | full precision", *columns]] + [
+        [head, *(cell(row, column) for column in columns)] for row, head in heads.items()]
+    if len(columns) > 7:                                             # too wide: turn it
+        lines = [[text.replace(" |", ",") for text in line] for line in zip(*lines, strict=True)]
+    head, *body = (f"| {' | '.join(line)} |" for line in lines)
+    return "\n".join([head, "|---" * head.count(" | ") + "|---|", *body])
+
+
+# ---- The command line ----------------------------------------------------------------------------
+
+def make(study: str, out, jobs: int = 1, device=None, **options) -> list[dict]:
+    """Make the runs of a study that the file `out` does not hold yet, and add them to it. Returns
+    all records, in the study's order. options: those of load."""
+    open(out, "a").close()                                           # an error comes before work
+    torch.set_num_threads(1)                                         # as in the other processes
+    runs = [run._replace(config=replace(run.config, device=device)) for run in STUDIES[study]]
+    facts, earlier, records, todo = {}, read_results(out), {}, []
+    for number, run in enumerate(runs):                              # what is missing is said first
+        key = run.row, run.split, run.config.seed if run.split == "train" else None
+        if key not in facts:
+            task = load(run, **options)
+            unequal = tools.inequality(task.net)
+            facts[key] = {"study": study, "network": run.row, "about": task.about, "samples":
+                          len(task.calibration), "full": round(task.score(task.net), 6)}
+            print(f"{run.row}: {task.about}; in full precision {facts[key]['full']:.2f}; the "
+                  f"largest channel of a layer is {min(unequal):.1f} to {max(unequal):.1f} times "
+                  "its median channel", flush=True)
+        known = [r for r in earlier if same_run(r, run, facts[key])]
+        if known:
+            records[number] = known[0]
+        else:
+            todo.append((number, run, facts[key], options))
+    print(f"taken from {out}: {len(records)} runs of {len(runs)}", flush=True)
+    began = time.perf_counter()
+    with (get_context("spawn").Pool(jobs, torch.set_num_threads, (1,)) if jobs > 1 else
+          nullcontext()) as pool:
+        done = (pool.imap_unordered if pool else map)(one_run, todo)
+        for count, (number, record) in enumerate(done, 1):
+            if record is None:
+                continue
+            append_result(out, record)
+            records[number], own = record, runs[number].config
+            left = (time.perf_counter() - began) * (len(todo) / count - 1)
+            print(f"{count} of {len(todo)}: {record['network']} W{own.bits} {own.method} seed "
+                  f"{own.seed}: {record['score']:.2f} (about {left:.0f} s left)", flush=True)
+        if pool:                                                     # an interrupt does not wait
+            pool.close()
+            pool.join()
+    return [records[number] for number in sorted(records)]
+
+
+def main(arguments=None) -> None:
+    flags = argparse.ArgumentParser(prog="python -m experiments.studies", description=(
+        "Print the table of a study, or make the study again."))
+    add = flags.add_argument
+    add("name", choices=STUDIES, metavar="NAME", help=", ".join(STUDIES))
+    add("--table", action="store_true", help="only print the table of the runs that lie here")
+    add("--out", metavar="FILE", help="add the runs to this file, and go on where it ends")
+    add("--data", help="folder of CIFAR-10's binary files, or of tinyshakespeare.txt")
+    add("--networks", metavar="FOLDER", help="of trained networks. None: experiments/networks. "
+        "Networks that are not there are trained, if a study needs them")
+    add("--jobs", type=int, default=1, help="runs at a time, each a process of one thread")
+    add("--device", help="cpu, cuda, ...; None: cpu")
+    args = flags.parse_args(arguments)
+    if args.table == bool(args.out):
+        raise ValueError("either --table or --out FILE is needed")
+    if args.table:
+        for path in COMMITTED:
+            records = [r for r in read_results(path) if r["study"] == args.name]
+            if records:
+                print(f"taken from experiments/{path.name}: {len(records)} runs\n")
+                return print(table(records))
+        raise ValueError(f"no runs of {args.name} lie here: make them (--out)")
+    if Path(args.out).resolve() in [path.resolve() for path in COMMITTED]:
+        raise ValueError(f"--out {args.out}: these runs stay as they are, name another file")
+    if not STUDIES[args.name]:
+        raise ValueError(f"{args.name} cannot be made again, because bf16 is gone: its runs were "
+                         "made at commit cdf787b (--table prints them)")
+    records = make(args.name, args.out, args.jobs, args.device, data=args.data,
+                   networks=args.networks)
+    print(f"\n{table(records)}" if records else "no run has a finite loss")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError, ImportError, RuntimeError) as problem:
+        sys.exit(f"studies: {problem}")
+    except KeyboardInterrupt:
+        sys.exit("studies: stopped; the same command goes on from here")

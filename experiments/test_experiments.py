@@ -1,0 +1,451 @@
+"""Tests of what only experiments need. No test needs the network or a GPU: what is not there is
+skipped, with the reason. Run them from the repository's root with `python -m pytest`."""
+import copy
+import importlib
+import re
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import models
+from experiments import pretrained, studies, timing, tools, train
+from flexround import AdaQuant, FlexRound, RoundToNearest, fold, quantize_layers, quantizers
+from reconstruct import ReconstructionConfig, make_iteration, reconstruct_block
+
+HERE = Path(__file__).parent
+README = HERE / "README.md"
+cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+
+def committed():
+    return [record for path in studies.COMMITTED for record in studies.read_results(path)]
+
+
+def correlated(n, *shape, seed=0):
+    """Inputs such as activations are: few directions carry most of the variance."""
+    g, size = torch.Generator().manual_seed(seed), int(np.prod(shape))
+    return (torch.randn(n, 4, generator=g) @ torch.randn(4, size, generator=g) / 2).view(n, *shape)
+
+
+def relative(ours, theirs):
+    """The largest difference, relative to the largest output."""
+    return float((ours - theirs).abs().max() / theirs.abs().max())
+
+
+# ---- The studies ---------------------------------------------------------------------------------
+
+def test_the_readmes_tables_are_the_files():
+    """A table that is not drawn from its runs is no evidence, and no study may be left out."""
+    marked = dict(re.findall(r"<!-- study: ([\w-]+) -->\n(.*?)\n\n", README.read_text(), re.S))
+    assert set(marked) == {r["study"] for r in committed()}
+    for study, shown in marked.items():
+        assert shown == studies.table([r for r in committed() if r["study"] == study]), study
+
+
+def test_the_studies_are_the_files_runs():
+    """The command has to make again what the table shows, neither more nor less."""
+    for study in {r["study"] for r in committed()} - {"precision"}:
+        theirs = [(r["network"], "train" if " train " in r["about"] else "test",
+                   studies.settings_of(r)) for r in committed() if r["study"] == study]
+        ours = [(run.row, run.split, studies.settings_of({"config": run.settings}))
+                for run in studies.STUDIES[study]]
+        assert sorted(map(str, ours)) == sorted(map(str, theirs)), study
+
+
+def test_a_study_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
+    """Studies take hours: what a file holds must not be made again, nor be passed off as new."""
+    out = tmp_path / "mine.jsonl"
+    runs = studies.grid("resnet", {"rtn": [None], "flexround": [8e-3]}, [3], [0], iterations=2)
+    diverges = studies.grid("resnet", {"flexround": [1e30]}, [3], [0], iterations=2)
+    monkeypatch.setitem(studies.STUDIES, "tiny", diverges + runs)
+    studies.main(["tiny", "--out", str(out)])
+    said, errors = capsys.readouterr()
+    assert f"taken from {out}: 0 runs of 3" in said and "3 of 3: resnet W3 flexround" in said
+    assert "the loss is not finite" in errors                        # and the others went on
+    first = studies.read_results(out)
+    assert len(first) == 2 and all(r.keys() >= committed()[0].keys() for r in first)
+    monkeypatch.setitem(studies.STUDIES, "tiny", runs + studies.grid(
+        "resnet", {"adaquant-steps": [1e-2]}, [3], [0, 1], spreads=[4], sgd=True, iterations=2))
+    studies.main(["tiny", "--out", str(out)])
+    said = capsys.readouterr().out
+    assert f"taken from {out}: 2 runs of 4" in said and "2 of 2: resnet, channels x 4" in said
+    records = studies.read_results(out)
+    assert records[:2] == first and len(records) == 4
+    assert said.endswith(studies.table(records) + "\n")
+    assert {r["config"]["optimizer"] for r in records[2:]} == {"sgd"}
+    assert "| resnet, channels x 4 | W3 |" in said and "V_in_steps True, lr 0.01 |" in said
+
+
+@pytest.mark.slow
+def test_the_first_study_made_again(tmp_path):
+    """What is committed has to come out again, here side by side in two processes."""
+    again = {(r["network"], str(r["config"])): r["score"]
+             for r in studies.make("first", tmp_path / "first.jsonl", jobs=2)}
+    for record in studies.read_results(HERE / "first.jsonl"):        # another processor: an image
+        score = again[record["network"], str(record["config"])]      # or two, and more at W2
+        assert score == pytest.approx(record["score"], abs=3 if record["score"] > 10 else 0.2)
+
+
+def test_a_run_is_known_by_its_settings():
+    """A record of other settings, data or weights must not stand for a run."""
+    run = studies.grid("resnet", {"flexround": [8e-3]}, [3], [0], iterations=250)[0]
+    facts = {"study": "s", "network": "resnet", "about": "digits", "samples": 512, "full": 99.0}
+    record = {**facts, "config": run.settings}
+    assert studies.same_run(record, run, facts)
+    for change in ({"study": "t"}, {"network": "m"}, {"about": "d"}, {"samples": 1}, {"full": 98}):
+        assert not studies.same_run({**record, **change}, run, facts)
+    for change in ({"bits": 2}, {"lr": 4e-3}, {"optimizer": "sgd"}, {"precision": "bf16"}):
+        assert not studies.same_run({**record, "config": {**run.settings, **change}}, run, facts)
+    elsewhere = {**record, "config": {**run.settings, "device": "cuda", "cuda_graph": True}}
+    older = {**record, "config": {**run.settings, "method": "adaquant", "V_in_steps": True}}
+    steps = run._replace(config=replace(run.config, method="adaquant-steps"))
+    assert studies.same_run(elsewhere, run, facts) and studies.same_run(older, steps, facts)
+
+
+def test_a_line_that_was_cut_off_is_made_again(tmp_path):
+    """A run that was being written when the power went must neither count nor spoil the file."""
+    path, record = tmp_path / "runs.jsonl", {"study": "s", "score": 1.0}
+    assert studies.read_results(path) == []
+    studies.append_result(path, record)
+    path.write_text(path.read_text() + path.read_text()[:-5])
+    with pytest.warns(UserWarning, match="last line is cut off"):
+        assert studies.read_results(path) == [record]
+    studies.append_result(path, record)
+    assert studies.read_results(path) == [record, record]
+    path.write_text("nonsense\n")
+    with pytest.raises(ValueError, match="no file of runs"):
+        studies.read_results(path)
+
+
+def test_the_table_by_hand():
+    """The README's tables are only as right as this function."""
+    def run(score, seconds=3, **config):
+        return {"network": "net", "full": 90.0, "score": score, "seconds": seconds,
+                "config": asdict(ReconstructionConfig(**config))}
+
+    base = {"bits": 2, "lr": 0.1}
+    runs = [run(80.0, **base), run(70.0, **base, seed=1), run(75.0, **base, seed=2),
+            run(60.0, **base, end_bits=None), run(50.0, bits=2, method="rtn")]
+    assert studies.table(runs).splitlines() == [
+        "| network | bits | full precision | FlexRound, lr 0.1 | FlexRound, lr 0.1, end_bits None "
+        "| round to nearest |",
+        "|---|---|---|---|---|---|",
+        "| net | W2 | 90.00 | 75.00 (70.00 to 80.00; 3 s) | 60.00 (3 s) | 50.00 (3 s) |"]
+
+
+@pytest.mark.parametrize("arguments, message", [
+    ("main", "either --table or --out"),
+    (f"main --out {HERE / 'results.jsonl'}", "these runs stay as they are"),
+    (f"main --out {HERE / 'networks' / '..' / 'first.jsonl'}", "these runs stay as they are"),
+    ("precision --out x.jsonl", "made at commit cdf787b"),
+    ("rates --table", "no runs of rates lie here"),
+    ("resnet20 --out x.jsonl", "resnet20 needs the folder"),
+    ("mobilenet --out x.jsonl", "cifar-mobilenet needs --data, and --networks"),
+    ("main --out nowhere/x.jsonl", "No such file or directory: 'nowhere/x.jsonl'")])
+def test_a_wrong_command_says_what_is_needed(arguments, message, tmp_path, monkeypatch):
+    """Whoever mistypes a command should learn what to type, before any work."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises((ValueError, OSError), match=message):
+        studies.main(arguments.split())
+
+
+def test_the_command_line_and_the_readmes_flags(capsys):
+    """A command in the README that does not exist is worse than none."""
+    known = {}
+    for module in (studies, timing, pretrained):
+        with pytest.raises(SystemExit):
+            module.main(["--help"])
+        known[module.__name__] = capsys.readouterr().out
+    text = README.read_text()
+    for module, rest in re.findall(r"python -m (experiments\.\w+)([^`\n]*)", text):
+        for flag in re.findall(r"--[\w-]+", rest):
+            assert flag in known[module], (module, flag)
+    for study in studies.STUDIES:
+        assert f"| {study} |" in text, study                         # the index
+    done = subprocess.run([sys.executable, "-m", "experiments.studies", "precision", "--table"],
+                          cwd=HERE.parent, text=True, capture_output=True)
+    assert done.stdout.startswith("taken from experiments/results.jsonl: 36 runs\n\n| network |")
+
+
+# ---- Training ------------------------------------------------------------------------------------
+
+def test_a_trained_network_is_kept_and_a_foreign_file_refused(tmp_path):
+    """A network that is trained twice would be two networks, and a study would mix them."""
+    string = "the quick brown fox jumps over the lazy dog; " * 40
+    nets = [train.text_network(tmp_path / name, string, 1, 16, 8, steps)[0]
+            for name, steps in (("a.pt", 3), ("b.pt", 3), ("a.pt", 4))]    # the last one is read
+    states = [net.state_dict().values() for net in nets]
+    assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(*states, strict=True))
+    with pytest.raises(ValueError, match="a.pt does not hold this network"):
+        train.text_network(tmp_path / "a.pt", string, 2, 16, 8, 3)
+    x = torch.arange(64.0).view(1, 1, 8, 8)
+    images, labels = train.image_batches(x, torch.tensor([3]), 2, shift=2)()
+    assert images.shape == (2, 1, 8, 8) and labels.tolist() == [3, 3] and (images != x).any()
+
+
+def test_a_study_trains_the_network_that_it_needs(tmp_path, monkeypatch):
+    """The larger networks are not committed, so a study has to train them, here for two steps."""
+    (tmp_path / "tinyshakespeare.txt").write_text("the quick brown fox jumps over it; " * 300)
+    monkeypatch.setitem(studies.TEXTS, "small-shakespeare", (1, 16, 8, 2))
+    run = studies.grid("small-shakespeare", {"rtn": [None]}, [3], [0])[0]
+    task = studies.load(run, tmp_path, tmp_path)
+    assert (tmp_path / "small-shakespeare.pt").exists() and run.row == "gpt"
+    assert task.about.startswith("1 layers, width 16; characters of tinyshakespeare.txt; perplex")
+    assert task.calibration.shape == (128, 8) and run.config.batch_size == task.batch_size == 8
+
+
+# ---- The tools -----------------------------------------------------------------------------------
+
+def test_adaquant_in_grid_steps_and_how_far_weights_move():
+    """grid_shift counts what V in grid steps adds, so each checks the other."""
+    W = torch.linspace(-1, 1, 30).view(6, 5)
+    q, steps = AdaQuant(W, 4), tools.AdaQuantInSteps(W, 4)
+    with torch.no_grad():
+        q.V += 2 * q.s1
+        steps.V += 2
+    torch.testing.assert_close(q(W), steps(W))
+    moved = tools.grid_shift(steps, W)
+    inside = RoundToNearest(W, 4).codes(W) <= 5                      # 5 + 2 is the last code
+    assert (moved[inside] == 2).all() and (moved[~inside] < 2).all() and not inside.all()
+
+
+def test_a_shift_with_and_without_what_the_step_shifts():
+    """A smaller s1 alone moves large weights, which is no rounding of a single weight."""
+    W = correlated(6, 5)
+    q = FlexRound(W, 8).requires_grad_(False)
+    q.log_s1 -= np.log(1.25)                                         # a finer grid: codes grow
+    far = [t.round().clamp(q.lo, q.hi).int() for t in (W / q.s1, W / q.s1 / 1.25)]
+    assert torch.equal(tools.grid_shift(q, W), far[0] - far[1]) and (far[0] != far[1]).any()
+    assert not tools.grid_shift(q, W, learned_s1=True).any()
+
+
+def test_division_learns_to_make_unequal_channels_equal():
+    """README, unequal: rescale changes no output, and FlexRound divides a large channel by a large
+    S' and the weights that read it by a small one, as if it had been equalised beforehand."""
+    torch.manual_seed(0)
+    net = models.fold_batchnorm(nn.Sequential(models.BasicBlock(8, 8)))
+    x = correlated(64, 8, 8, 8)
+    W1, y = net[0].conv1.weight.detach().clone(), net(x).detach()
+    torch.testing.assert_close(tools.rescale(net, 4.0)(x), y, rtol=1e-3, atol=1e-4)
+    factor = (net[0].conv1.weight.detach() / W1).flatten(1).median(1).values.log()
+    assert 1 < factor.exp().max() <= 4 and 1 / 4 <= factor.exp().min() < 1
+    config = ReconstructionConfig(bits=3, iterations=500, lr=0.032)
+    quantize_layers(net, config)
+    reconstruct_block(net, x, y, config)
+    q1, q2 = quantizers(net).values()
+    with torch.no_grad():                                            # mean log S' of each channel
+        out = (q1.log_S2 + q1.log_s3 + q1.log_s4).mean((1, 2, 3))
+        into = (q2.log_S2 + q2.log_s3 + q2.log_s4).mean((0, 2, 3))
+    follows = [float(torch.corrcoef(torch.stack([log_S, sign * factor]))[0, 1])
+               for log_S, sign in ((out, 1), (into, -1))]
+    print(f"correlation {follows[0]:.2f} and {follows[1]:.2f}")
+    assert min(follows) > 0.9
+
+
+def test_plain_sgd_takes_the_place_of_adam_and_gives_it_back():
+    """The study sgd is about the optimizer, so it has to be SGD's step, and only within."""
+    adam = torch.optim.Adam
+    block, x = nn.Sequential(nn.Linear(6, 6)), correlated(8, 6)
+    y = block(x).detach()
+    config = ReconstructionConfig("adaquant", 2, iterations=1, batch_size=8, lr=1e-2)
+    q, = quantize_layers(block, config).values()
+    with tools.plain_sgd():
+        iterate = make_iteration(block, x, y, config)
+    assert torch.optim.Adam is adam
+    before = q.V.detach().clone()
+    iterate(0)
+    torch.testing.assert_close(q.V.detach(), before - 1e-2 * q.V.grad)
+
+
+@pytest.mark.parametrize("make", [
+    lambda: nn.Linear(6, 5), lambda: nn.Linear(6, 5, bias=False), lambda: nn.Conv2d(4, 6, 3, 2, 1),
+    lambda: nn.Conv2d(4, 6, 3, groups=2, bias=False)])
+@pytest.mark.parametrize("symmetric, per_channel", [(True, False), (False, True)])
+def test_a_layer_in_integers_equals_the_simulated_one(make, symmetric, per_channel):
+    """The codes are only worth storing if integer arithmetic computes what we simulated."""
+    torch.manual_seed(0)
+    layer = make()
+    x = 3 * torch.randn((7, 6) if isinstance(layer, nn.Linear) else (7, 4, 9, 9)) + 1
+    quantize_layers(layer, ReconstructionConfig(symmetric=symmetric, per_channel=per_channel))
+    q_x = RoundToNearest(x, 8, symmetric=False)
+    with torch.no_grad():
+        y = tools.integer_forward(layer, q_x.codes(x), q_x.s1, q_x.zero_point)
+        torch.testing.assert_close(y, layer(q_x(x)), rtol=1e-4, atol=1e-4)
+        assert (y - layer(x)).abs().max() > 1e-3                     # the inputs were rounded, too
+    for other in (fold(layer), nn.Conv2d(4, 6, 3, padding=1, padding_mode="reflect")):
+        with pytest.raises(ValueError, match="is allowed"):
+            tools.integer_forward(other, q_x.codes(x), q_x.s1, q_x.zero_point)
+
+
+def test_a_sample_of_text_follows_the_seed():
+    """The notebook shows a sample, so it has to be the same each time."""
+    net, x = models.GPT(11, 16, 1, 2, 16), torch.zeros(2, 3, dtype=torch.long)
+    drawn = tools.sample(net, x, 20)                                 # past the context
+    assert drawn.shape == (2, 23) and torch.equal(drawn, tools.sample(net, x, 20))
+
+
+# ---- Timing --------------------------------------------------------------------------------------
+
+def test_an_iteration_is_timed_beside_its_floor():
+    """A ratio below one would show that something else was timed."""
+    block, config = models.BasicBlock(3, 4), ReconstructionConfig(iterations=4, batch_size=8)
+    models.fold_batchnorm(block)
+    before = copy.deepcopy(block.state_dict())
+    took = timing.time_block(block, correlated(32, 3, 6, 6), config, rounds=5)
+    assert 0 < took["floor"] < took["iteration"] and took["evaluations"] > 0
+    assert all(torch.equal(v, before[k]) for k, v in block.state_dict().items())
+
+
+def test_the_table_of_times(monkeypatch, capsys):
+    """The command takes minutes, so here time_block is replaced, and all else of it runs."""
+    monkeypatch.setattr(timing, "time_block", lambda *_: {
+        "floor": 1e-3, "iteration": 1.25e-3, "evaluations": 0.0625})
+    timing.main(["--device", "cpu"])
+    said = capsys.readouterr().out
+    assert said.count("| 1,000 | 1,250 | 1.25 | 5.0 % |\n") == 12
+    assert re.search(r"Peak memory: [\d,]+ MB of RAM\n$", said)
+
+
+@cuda
+@pytest.mark.parametrize("method", ["adaround", "adaquant", "flexround"])
+def test_a_captured_iteration_is_the_eager_one(method):
+    """A graph that replayed an old batch or rate would time something else. (Not run yet.)"""
+    histories = []
+    for record in (None, timing.captured):
+        block = models.fold_batchnorm(models.BasicBlock(3, 4).requires_grad_(False)).cuda()
+        x = correlated(32, 3, 6, 6).cuda()
+        config = ReconstructionConfig(method, 3, iterations=50, batch_size=8, lr=1e-12)
+        y = block(x)                                                 # lr: a warm-up learns nothing
+        quantize_layers(block, config)
+        iterate = make_iteration(block, x, y, config, record=record)
+        histories.append([float(iterate(i)) for i in range(50)])
+    assert histories[0] == pytest.approx(histories[1], rel=1e-4)
+
+
+@cuda
+def test_a_step_that_waits_for_the_device_is_not_recorded():
+    """A broken recording would spoil all later kernels, so we find out before. (Not run yet.)"""
+    class Waits(nn.Module):
+        def forward(self, x):
+            return x * (1.0 + 0.0 * x.mean().item())                 # the host waits for the device
+
+    block = nn.Sequential(nn.Conv2d(3, 4, 3), Waits()).cuda()
+    with pytest.warns(UserWarning, match="not recorded as a CUDA graph"):
+        took = timing.time_block(block, correlated(64, 3, 6, 6).cuda(), ReconstructionConfig(), 3)
+    assert "iteration captured" not in took and torch.rand(3, device="cuda").shape == (3,)
+
+
+# ---- Published networks --------------------------------------------------------------------------
+
+def package(name):
+    """torchvision or transformers, which imports torchvision. torchvision's networks are plain
+    Python, but without a build for this torch its import misses two operators: we declare them."""
+    if importlib.util.find_spec(name) is None:
+        pytest.skip(f"{name} is not installed")
+    try:
+        importlib.import_module("torchvision")
+    except ImportError:                                              # transformers can do without
+        pass
+    except RuntimeError:
+        DECLARED.append(torch.library.Library("torchvision", "FRAGMENT"))    # ends with its object
+        for operator in ("nms", "qnms"):
+            DECLARED[-1].define(f"{operator}(Tensor dets, Tensor s, float threshold) -> Tensor")
+    return importlib.import_module(name)
+
+
+DECLARED = []
+
+
+def restless(net):
+    """net with a batch norm that does something, as after training."""
+    for m in net.eval().modules():
+        if isinstance(m, nn.BatchNorm2d):
+            for t in (m.weight, m.running_var):
+                nn.init.uniform_(t, 0.5, 1.5)
+            for t in (m.bias, m.running_mean):
+                nn.init.normal_(t, std=0.1)
+    return net
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_our_blocks_compute_what_torchvisions_do(name, tmp_path):
+    """We cut the network by hand, so a block that we forgot would show only here."""
+    torch.manual_seed(0)
+    theirs = restless(getattr(package("torchvision").models, name)())
+    torch.save(theirs.state_dict(), tmp_path / "theirs.pth")
+    ours, x = pretrained.resnet(name, checkpoint=tmp_path / "theirs.pth"), torch.randn(2, 3, 96, 96)
+    y, error = theirs(x), relative(ours(x), theirs(x))
+    folded = relative(models.fold_batchnorm(ours, x)(x), y)
+    print(f"{name}: relative difference {error:.1e}, with batch norm folded {folded:.1e}")
+    assert error < 1e-4 and folded < 1e-4 and len(ours.blocks) == (10 if "18" in name else 18)
+
+
+def test_resnet18_from_images_to_a_score(tmp_path, capsys):
+    """Nobody here has ImageNet, so twelve images of noise check that the command runs whole."""
+    torchvision = package("torchvision")
+    image = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
+    pixels = np.random.default_rng(0).integers(0, 256, (12, 40, 50, 3), dtype=np.uint8)
+    for i, part in enumerate(["train"] * 8 + ["val"] * 4):
+        folder = tmp_path / part / f"n0{i % 2}"
+        folder.mkdir(parents=True, exist_ok=True)
+        image.fromarray(pixels[i]).save(folder / f"{i}.jpeg")
+    torch.save(restless(torchvision.models.resnet18()).state_dict(), tmp_path / "r.pth")
+    with pytest.warns(UserWarning, match="has 2 classes in train"):
+        pretrained.main(["resnet18", "--data", str(tmp_path), "--checkpoint", str(
+            tmp_path / "r.pth"), "--samples", "4", "--device", "cpu", "--method", "rtn"])
+    said = capsys.readouterr().out
+    assert "accuracy on 4 test images" in said
+    assert re.search(r"\nW4 round to nearest: \d+\.\d\d \(\d+ s\)\npeak memory: ", said)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("heads, kind", [(2, "bin"), (4, "bin"), (2, "safetensors")])
+def test_our_gpt2_computes_what_transformers_does(heads, kind, tmp_path):
+    """GPT-2's file holds transposed weights under other names, and only outputs show them wrong."""
+    transformers = package("transformers")
+    torch.manual_seed(0)
+    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(
+        vocab_size=97, n_positions=32, n_embd=128, n_layer=3, n_head=heads, bos_token_id=0,
+        eos_token_id=0)).eval()
+    for p in theirs.parameters():                                    # biases and norms, too
+        p.add_(0.05 * torch.randn(p.shape))
+    if kind == "safetensors":
+        theirs.save_pretrained(tmp_path)
+    else:
+        torch.save(theirs.state_dict(), tmp_path / "model.bin")
+    ours = models.gpt2(tmp_path / f"model.{kind}", None if heads == 2 else heads)
+    tokens = torch.randint(0, 97, (3, 32))
+    error = relative(ours(tokens), theirs(tokens).logits)
+    print(f"GPT-2, {heads} heads, {kind}: relative difference {error:.1e}")
+    assert error < 1e-4
+
+
+def test_gpt2_from_a_text_to_a_score(tmp_path, monkeypatch, capsys):
+    """GPT-2 is not here, so a small one and characters as tokens check that the command runs."""
+    monkeypatch.setattr(models, "gpt2", lambda path: models.GPT(128, 16, 1, 1, 64))
+    for part in ("valid", "test"):
+        (tmp_path / f"wiki.{part}.raw").write_text(f"the {part} set of a small text; " * 20)
+    monkeypatch.setattr(pretrained, "gpt2_tokens", lambda s, _: torch.tensor([ord(c) for c in s]))
+    command = ["gpt2", "--data", str(tmp_path), "--device", "cpu", "--bits", "3", "2",
+               "--iterations", "2", "--samples", "4", "--abits", "8", "--setting", "Q"]
+    with pytest.raises(ValueError, match="gpt2 needs the file of its weights"):
+        pretrained.main(command)
+    command += ["--checkpoint", "g.bin", "--method", "rtn", "flexround"]
+    pretrained.main(command)
+    said = capsys.readouterr().out
+    assert "calibrated on wiki.valid.raw; perplexity on 600 tokens of wiki.test.raw" in said
+    assert len(re.findall(r"\nW[32]A8 (round to nearest|FlexRound): \d+\.\d\d", said)) == 4
+    task = pretrained.wikitext_task("g.bin", tmp_path, "", 4, 0, "train")
+    assert task.about.endswith("perplexity on 310 tokens of wiki.valid.raw")    # its second half
+    (tmp_path / "wiki.test.raw").unlink()
+    with pytest.raises(FileNotFoundError, match="no wiki.test.raw and no wikitext2.test.txt in"):
+        pretrained.main(command)
+    with pytest.raises(ImportError, match="no_such_package is needed: pip install no_such_package"):
+        pretrained.need("no_such_package")

@@ -1,0 +1,171 @@
+"""What an iteration costs, beside its floor. `python -m experiments.timing` prints the table.
+
+The floor is the block's own forward and backward in plain weights. Nothing that learns by gradient
+can be faster. The CUDA part (CUDA graphs, ResNet-18's blocks) has not run on a GPU yet.
+"""
+import argparse
+import copy
+import importlib.util
+import itertools
+import statistics
+import sys
+import time
+import warnings
+from contextlib import nullcontext
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+import models
+from flexround import quantizable_layers, quantize_layers, quantizers
+from reconstruct import ReconstructionConfig, device_of, evaluate, make_iteration, run
+
+
+def captured(step):
+    """Record step() as a CUDA graph, and return what replays it and returns the same tensor.
+
+    Small blocks finish faster than Python can launch their kernels. So we record one iteration as a
+    CUDA graph and replay it: one launch instead of hundreds. A replay always uses the same memory.
+    Everything that changes between iterations must therefore be copied into the same tensors before
+    each replay.
+
+    RuntimeError: step() waits for the device, so it cannot be recorded. We find that out before we
+    record, because a broken recording would spoil what comes after it.
+    """
+    side, before = torch.cuda.Stream(), torch.cuda.get_sync_debug_mode()
+    side.wait_stream(torch.cuda.current_stream())
+    try:
+        with torch.cuda.stream(side):                                # the warm-up: three calls
+            step()
+            step()
+            torch.cuda.set_sync_debug_mode("error")                  # to wait is now an error
+            step()
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+        torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=side):
+        result = step()
+
+    def replay():
+        graph.replay()
+        return result
+
+    return replay
+
+
+def time_block(block: nn.Module, x: Tensor, config: ReconstructionConfig, rounds: int = 20
+               ) -> dict[str, float]:
+    """Seconds of one iteration of a float block's reconstruction, and of its floor: medians.
+
+    We time both in turn, in `rounds` rounds of one iteration (on CUDA of 50). The block stays as it
+    is.
+
+    Args:
+        x: (N, ...) inputs of the block, on its device. N is at least config.batch_size.
+
+    Returns:
+        "floor", "iteration", on CUDA also "floor captured" and "iteration captured" (absent, with a
+        warning, where a step cannot be recorded), and "evaluations": what the five evaluations of a
+        block cost, each of 32 batches.
+    """
+    device = device_of([block])
+    cuda = device.type == "cuda"
+    y = run(block.eval(), x, config.batch_size, device, device)
+    plain, hat = (copy.deepcopy(block).requires_grad_(False) for _ in range(2))
+    weights = [layer.weight.requires_grad_() for layer in quantizable_layers(plain).values()]
+    batch, G = x[:config.batch_size].clone(), torch.randn_like(y[:config.batch_size])
+    quantize_layers(hat, config)
+    for q in quantizers(hat).values():
+        q.requires_grad_()
+
+    def floor():
+        for W in weights:
+            W.grad = None
+        plain(batch).backward(G)
+
+    def iteration(record=None):
+        iterate = make_iteration(hat, x, y, config, record=record)
+        order = itertools.cycle(range(config.iterations))
+        return lambda: iterate(next(order))
+
+    def seconds(step, count):
+        began = time.perf_counter()
+        for _ in range(count):
+            step()
+        if cuda:
+            torch.cuda.synchronize()
+        return (time.perf_counter() - began) / count
+
+    with torch.enable_grad(), torch.cuda.device(device) if cuda else nullcontext():
+        steps = {"floor": floor, "iteration": iteration()}
+        if cuda:
+            try:
+                steps |= {"floor captured": captured(floor),
+                          "iteration captured": iteration(captured)}
+            except RuntimeError as error:
+                warnings.warn(f"not recorded as a CUDA graph: {error}", stacklevel=2)
+        for step in steps.values():                                  # the warm-up
+            seconds(step, 3)
+        taken = [{name: seconds(step, 50 if cuda else 1) for name, step in steps.items()}
+                 for _ in range(rounds)]
+    once = statistics.median(seconds(lambda: evaluate(hat, x, y, config.batch_size, device), 1)
+                             for _ in range(3))
+    return {**{name: statistics.median(t[name] for t in taken) for name in steps},
+            "evaluations": 5 * 32 * config.batch_size / len(x) * once}
+
+
+def print_times(device: str) -> None:
+    """time_block as a table: the blocks of ResNet-20 at batch 32, on CUDA and where torchvision is
+    installed those of ResNet-18, and a block of GPT-2 small's size. Weights and inputs are random,
+    because the time does not depend on them."""
+    torch.manual_seed(0)
+    cuda, todo, config = device.startswith("cuda"), [], ReconstructionConfig()
+    nets = [("ResNet-20", models.ResNet(), torch.randn(256, 3, 32, 32))]
+    if cuda and importlib.util.find_spec("torchvision"):
+        from experiments.pretrained import resnet
+        nets.append(("ResNet-18", resnet("resnet18", None), torch.randn(64, 3, 224, 224)))
+    for name, net, x in nets:
+        x = x.to(device)
+        for i, block in enumerate(models.fold_batchnorm(net).to(device).blocks):
+            todo.append((f"{name}, block {i}", block, x, config))
+            x = run(block, x, 32, device, device)
+    length = 1024 if cuda else 256
+    todo.append((f"GPT, 768 channels, 4 x {length} tokens",
+                 models.TransformerBlock(768, 12).to(device),
+                 torch.randn(8, length, 768, device=device), replace(config, batch_size=4)))
+    print(f"torch {torch.__version__} on {device}, {torch.get_num_threads()} threads\n\n"
+          "| block | floor, us | iteration, us | ratio | five evaluations, of 1,000 iterations |\n"
+          "|---|---|---|---|---|")
+    for name, block, x, config in todo:
+        took = time_block(block, x, config)
+        for kind in ("", " captured"):
+            if f"iteration{kind}" in took:
+                floor, iteration = took[f"floor{kind}"], took[f"iteration{kind}"]
+                print(f"| {name}{kind} | {1e6 * floor:,.0f} | {1e6 * iteration:,.0f} | "
+                      f"{iteration / floor:.2f} | {took['evaluations'] / iteration / 10:.1f} % |",
+                      flush=True)
+    print(f"\nPeak memory: {peak_memory(device)}")
+
+
+def peak_memory(device: str) -> str:
+    """The most memory that this process has used so far: a GPU's as torch counts it, else RAM."""
+    if torch.device(device).type == "cuda":
+        return f"{torch.cuda.max_memory_allocated(device) / 1e6:,.0f} MB on {device}"
+    import resource  # Windows has none
+    unit = 1 if sys.platform == "darwin" else 1024                   # bytes there, else kilobytes
+    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6:,.0f} MB of RAM"
+
+
+def main(arguments=None) -> None:
+    flags = argparse.ArgumentParser(prog="python -m experiments.timing", description=__doc__)
+    flags.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    print_times(flags.parse_args(arguments).device)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, ImportError, RuntimeError) as problem:
+        sys.exit(f"timing: {problem}")
