@@ -288,7 +288,7 @@ class AdaQuant(RoundToNearest):
 class Division(torch.autograd.Function):
     """clamp(round(W / S)), and the reciprocal rule on the way back.
 
-    Autograd would find the same gradient in about twice the operations. Let k be what we return, so
+    Autograd would find the same gradient in 1.5 times the operations. Let k be what we return, so
     that W_hat = s1 * k, and let G = dL/dW_hat. What arrives on the way back is dL/dk = s1 G, and
 
         dL/dS = (s1 G) * dk/dS = -inside * (W / S^2) * s1 G

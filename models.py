@@ -157,8 +157,7 @@ class InvertedResidual(nn.Module):
 class MobileNet(Blocks):
     """A small MobileNetV2-like network: stem, inverted residuals, 1 x 1 convolution, classifier.
 
-    Its depthwise convolutions have few weights for each channel, and channels of unequal size.
-    There the paper reports FlexRound's largest gains.
+    The paper reports FlexRound's largest gains for depthwise convolutions, with unequal channels.
     """
 
     def __init__(self, widths=(16, 24, 32), depth: int = 2, channels: int = 3, classes: int = 10,
@@ -427,13 +426,15 @@ def load_task(name: str, data=None, networks=NETWORKS, seed: int = 0, split: str
     classifies CIFAR-10, whose files lie in the folder `data`. If the checkpoint lies there, too, it
     is not downloaded. The seed draws `samples` calibration inputs. ValueError: an unknown name.
     """
+    if samples is None:
+        samples = {"resnet20": 1024, "gpt": 128}.get(name, 512)
     if name == "resnet20":
         if data is None:
             raise ValueError("resnet20 needs the folder of CIFAR-10's binary files (--data)")
         here = [Path(data, part, "resnet20-12fca82f.th") for part in ("", "weights")]
         net = resnet20(next((path for path in here if path.exists()), None))
         return image_task(net, *cifar10(data, train=True), cifar10(data, train=False), "CIFAR-10",
-                          samples or 1024, seed, split)
+                          samples, seed, split)
     makes = {"resnet": lambda _: ResNet((8, 16, 32), 1, "conv", channels=1),
              "mobilenet": lambda _: MobileNet((8, 16, 24), channels=1),
              "gpt": lambda saved: GPT(len(saved["vocabulary"]), layers=3)}
@@ -445,6 +446,6 @@ def load_task(name: str, data=None, networks=NETWORKS, seed: int = 0, split: str
     if name == "gpt":
         tokens = characters(text(), saved["vocabulary"])
         return text_task(net, tokens, f"pydoc_data.topics of Python {platform.python_version()} "
-                         f"(trained on {saved['python']}'s)", samples or 128, seed, split)
+                         f"(trained on {saved['python']}'s)", samples, seed, split)
     x, y, *test = digits()
-    return image_task(net, x, y, test, "scikit-learn's digits", samples or 512, seed, split)
+    return image_task(net, x, y, test, "scikit-learn's digits", samples, seed, split)

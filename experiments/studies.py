@@ -162,9 +162,11 @@ def load(run: Run, data=None, networks=None) -> models.Task:
                              "network is kept")
     if name == "cifar-mobilenet":
         x, y = models.cifar10(data, train=True)
-        net = train.kept(Path(networks, f"{name}.pt"), lambda: models.MobileNet(stride=2),
-                         lambda net: train.train(net, train.image_batches(x, y, shift=4), 6000,
-                                                 5e-3))
+
+        def fit(net):
+            train.train(net, train.image_batches(x, y, shift=4), 6000, 5e-3)
+
+        net = train.kept(Path(networks, f"{name}.pt"), lambda: models.MobileNet(stride=2), fit)
         task = models.image_task(net, x, y, models.cifar10(data, train=False), "CIFAR-10", 1024,
                                  seed, split)
     elif name in TEXTS:

@@ -63,7 +63,8 @@ def text_batches(tokens: Tensor, context: int, batch_size: int = 32, seed: int =
 
 def kept(path, make: Callable, fit: Callable) -> nn.Module:
     """make() with the weights in path. Where there is no such file, fit(net) trains the network
-    first, and we write it. ValueError: the file of another network."""
+    first, and we write it, with what fit returns (a dict, or None). ValueError: the file of another
+    network."""
     path = Path(path)
     with torch.random.fork_rng(devices=[]):                          # the caller's stream stays
         torch.manual_seed(0)
