@@ -12,7 +12,7 @@ Each round() is followed by a clamp to the codes that b bits can hold.
 
     symbol   shape for a linear layer   shape for a convolution   starts at
     W        (C_out, C_in)              (C_out, C_in, H, W)       pre-trained, never changed
-    s1       () or (C_out, 1)           () or (C_out, 1, 1, 1)    the minimum of |W - W_hat|
+    s1       () or (C_out, 1)           () or (C_out, 1, 1, 1)    a small |W - W_hat|, by search
     S2       (C_out, C_in)              (C_out, C_in, H, W)       ones
     s3       (C_out, 1)                 (C_out, 1, 1, 1)          ones
     s4       absent                     (1, C_in, 1, 1)           ones
@@ -111,7 +111,7 @@ def search_range(W: Tensor, bits: int, symmetric: bool = True, per_channel: bool
         ValueError: bits outside 2..8, p not positive, W of another shape, or not finite.
     """
     lo, hi = code_range(bits, symmetric)
-    if not p > 0:
+    if p is None or not 0 < p < math.inf:
         raise ValueError(f"p = {p!r}: a positive number is allowed")
     if W.dim() not in (2, 4) or W.numel() == 0 or not W.is_floating_point():
         raise ValueError(f"W is {W.dtype} of shape {tuple(W.shape)}: the floating-point weight of "
@@ -188,7 +188,7 @@ class RoundToNearest(nn.Module):
     """
 
     learns_s1 = False
-    default_lr = 0.0                 # first rate of Adam, see experiments/README.md
+    default_lr = 0.0                 # first rate of Adam: a rule that learns has its own
 
     def __init__(self, W: Tensor, bits: int, symmetric: bool = True, per_channel: bool = False, *,
                  p: float = 2.4):
@@ -238,7 +238,7 @@ class AdaRound(RoundToNearest):
     because it defines what up and down are.
     """
 
-    default_lr = 0.3                 # V is a logit; Adam moves it by lr * iterations / 2 at most
+    default_lr = 0.3                 # V is a logit: Adam moves it by lr * iterations / 2 at most
 
     def __init__(self, W, bits, symmetric=True, per_channel=False, *, p=2.4):
         super().__init__(W, bits, symmetric, per_channel, p=p)
@@ -286,7 +286,7 @@ class AdaQuant(RoundToNearest):
 
 
 class Division(torch.autograd.Function):
-    """clamp(round(W / S)), and the reciprocal rule on the way back.
+    """clamp(round(W / S), lo, hi), lo and hi bounds of k, and on the way back the reciprocal rule.
 
     Autograd would find the same gradient in 1.5 times the operations. Let k be what we return, so
     that W_hat = s1 * k, and let G = dL/dW_hat. What arrives on the way back is dL/dk = s1 G, and
@@ -299,17 +299,17 @@ class Division(torch.autograd.Function):
     @staticmethod
     def forward(ctx, W, S, lo, hi):
         u = W / S
-        code = u.round()
-        k = code.clamp(lo, hi)
-        inside = code == k                                           # the clamp changed nothing
+        rounded = u.round()
+        k = rounded.clamp(lo, hi)
+        inside = rounded == k                                        # the mask, bounds included
         ctx.save_for_backward(u.mul_(inside), S)
         return k
 
     @staticmethod
-    def backward(ctx, G):
+    def backward(ctx, s1_G):
         u, S = ctx.saved_tensors                                     # u is 0 outside the grid
         dk_dS = -u / S                                               # -W / S^2: Proposition 3.1
-        return None, dk_dS.mul_(G), None, None
+        return None, dk_dS.mul_(s1_G), None, None
 
 
 class FlexRound(RoundToNearest):
@@ -335,7 +335,7 @@ class FlexRound(RoundToNearest):
 
     def __init__(self, W, bits, symmetric=True, per_channel=False, *, p=2.4, learn_s1: bool = True,
                  use_s3_s4: bool = True):
-        self.learns_s1 = learn_s1
+        self.learns_s1 = learn_s1                                    # read by super().__init__
         super().__init__(W, bits, symmetric, per_channel, p=p)
         C_out, C_in, *kernel = W.shape
         ones = [1] * len(kernel)
@@ -405,9 +405,9 @@ class LSQ(nn.Module):
         """An LSQ for calibration inputs x, any shape. ValueError as search_range.
 
         We start from the step that minimises the L_p error on x. If x is large, a random sample of
-        65,536 elements and the two extremes is enough. A symmetric grid has zero_point 0, and its
-        codes are unsigned where neither x nor what it is a part of (`negative`) is ever negative,
-        as behind a ReLU. An asymmetric grid has unsigned codes and an integer zero_point.
+        65,536 elements and the two extremes is enough. A symmetric grid has zero_point 0. Its codes
+        are unsigned if x has no negative value and `negative` is False, as behind a ReLU. An
+        asymmetric grid has unsigned codes and an integer zero_point.
         """
         signed = symmetric and (negative or bool(x.min() < 0))
         x = x.detach().flatten()
@@ -468,8 +468,8 @@ def quantize_layers(block: nn.Module, config, layer_bits: dict[str, int] | None 
                     ) -> dict[str, RoundToNearest]:
     """Put a quantizer on the weight of each nn.Linear and nn.Conv2d of a block, in place.
 
-    Each starts equal to round to nearest (AdaRound in eval mode). fold() makes it permanent. We
-    make all quantizers before we place the first, so that an error leaves the block unchanged.
+    W_hat starts as round to nearest's (AdaRound's in eval mode). fold() makes it permanent. We make
+    all quantizers before we place the first, so that an error leaves the block unchanged.
 
     Args:
         block: any module. A single layer is one, too, and its name is then ''.

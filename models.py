@@ -156,9 +156,7 @@ class InvertedResidual(nn.Module):
 
 class MobileNet(Blocks):
     """A small MobileNetV2-like network: stem, inverted residuals, 1 x 1 convolution, classifier.
-
-    The paper reports FlexRound's largest gains for depthwise convolutions, with unequal channels.
-    """
+    The paper reports FlexRound's largest gains for its depthwise convolutions."""
 
     def __init__(self, widths=(16, 24, 32), depth: int = 2, channels: int = 3, classes: int = 10,
                  stride: int = 1):
@@ -176,8 +174,8 @@ def fold_batchnorm(net: nn.Module, x: Tensor | None = None) -> nn.Module:
 
     We put net in eval mode, because what is folded are the running statistics, and batch norm
     becomes nn.Identity. The order of definition can differ from the order of use (a pre-activation
-    network: norm, ReLU, convolution). So give an example input x: we then compare the outputs, and
-    a ValueError says that the folded network computes something else.
+    network: norm, ReLU, convolution). So give an example input x: we then compare the outputs.
+    ValueError: the folded network computes something else.
     """
     with torch.no_grad():
         before = None if x is None else net.eval()(x)
@@ -199,7 +197,7 @@ def fold_batchnorm(net: nn.Module, x: Tensor | None = None) -> nn.Module:
             off = float((net(x) - before).abs().max() / before.abs().max())
         if not off < 1e-3:
             raise ValueError(f"the folded network's outputs are off by {off:.2g} of the largest: a "
-                             "batch norm does not follow the convolution defined before it")
+                             "batch norm does not follow the convolution before it. Make net anew")
     return net
 
 

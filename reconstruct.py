@@ -90,14 +90,12 @@ class ReconstructionConfig:
                 ("setting", self.setting in ("B", "Q"), "B or Q")]:
             if not ok:
                 raise ValueError(f"{name} = {own[name]!r}: {allowed} is allowed")
-        code_range(self.bits, self.symmetric)
-        for name, bits in [("end_bits", self.end_bits), ("abits", self.abits),
+        for name, bits in [("bits", self.bits), ("end_bits", self.end_bits), ("abits", self.abits),
                            *((f"layer_bits[{n!r}]", b) for n, b in self.layer_bits.items())]:
-            if bits is not None:
+            if bits is not None or name not in ("end_bits", "abits"):
                 code_range(bits, self.symmetric, name)
         if self.abits is None and (self.setting, self.step_lr) != ("B", None):
-            raise ValueError(f"setting = {self.setting!r}, step_lr = {self.step_lr}: both are for "
-                             "activations, and need abits")
+            raise ValueError(f"setting = {self.setting!r}, step_lr = {self.step_lr}: need abits")
         if self.joint and self.input_drop not in (0, QDROP):
             raise ValueError(f"input_drop = {self.input_drop}: setting Q takes {QDROP}")
 
@@ -118,12 +116,11 @@ class BlockReport:
 
     index: int                               # the block's place in the list
     bits: dict[str, int]                     # of each quantized layer, by its name in the block
-    start_loss: float                        # of round to nearest, or in B's second pass of steps
-    #                                          as they were found
+    start_loss: float                        # of round to nearest, or of B's steps before learning
     final_loss: float                        # of the state that was kept, the smallest evaluation
     best_iteration: int                      # when that was. 0 is the start
     evaluations: list[tuple[int, float]]     # (iterations done, loss): start, then each quarter
-    history: list[float]                     # of each iteration's batch, as descended
+    history: list[float]                     # of each batch, with AdaRound's regulariser
     seconds: float
     abits: dict[str, int] = field(default_factory=dict)    # of each quantized layer's input
 
@@ -179,8 +176,8 @@ def reconstruct_block(block: nn.Module, x_q: Tensor, y_fp: Tensor, config: Recon
     if config.drop > 0 and x_fp is None:
         raise ValueError(f"input_drop = {config.drop} needs x_fp, the full-precision input")
     if config.batch_size > len(x_q) and learned:
-        warnings.warn(f"batch_size = {config.batch_size}, but there are only {len(x_q)} "
-                      "calibration inputs: each iteration takes them all", stacklevel=2)
+        warnings.warn(f"batch_size = {config.batch_size}, but there are only {len(x_q)} inputs",
+                      stacklevel=2)
 
     total = config.iterations if learned else 0                      # round to nearest: none
     marks = {total * quarter // 4 for quarter in range(5)}           # when to evaluate
@@ -221,7 +218,7 @@ def reconstruct_block(block: nn.Module, x_q: Tensor, y_fp: Tensor, config: Recon
 
 def make_iteration(block: nn.Module, x_q: Tensor, y_fp: Tensor, config: ReconstructionConfig,
                    x_fp: Tensor | None = None, index: int = 0, record=None):
-    """Return iterate(i), which makes iteration i (from 0) of a block and returns its batch's loss.
+    """Return iterate(i), which runs iteration i (from 0) of a block and returns its batch's loss.
 
     The loss stays on the device as a scalar tensor, so that nothing waits for the device. The rate
     falls to 0 along a cosine. The arguments are those of reconstruct_block. `record` may replace a
@@ -243,7 +240,7 @@ def make_iteration(block: nn.Module, x_q: Tensor, y_fp: Tensor, config: Reconstr
     cosine = [(1 + math.cos(math.pi * i / total)) / 2 for i in range(total)]
     changing = torch.tensor([(lr * c, step_lr * c, *flexround.AdaRound.schedule(i / total))
                              for i, c in enumerate(cosine)], dtype=torch.float32, device=device)
-    rate, step_rate, weight, beta = now = changing[0].clone()
+    rate, step_rate, weight, beta = now = changing[0].clone()        # views of `now`
     batch = batches[0].clone()
     groups = [{"params": p, "lr": r} for p, r in ((factors, rate), (steps, step_rate)) if p]
     optimizer = torch.optim.Adam(groups, fused=True, capturable=device.type == "cuda")
@@ -381,20 +378,19 @@ def learned_parameters(block: nn.Module, config: ReconstructionConfig) -> tuple[
     """
     kinds = {type(q) for q in quantizers(block).values()}
     if kinds != {METHODS[config.method]}:
-        found = ", ".join(kind.__name__ for kind in kinds) or "no quantizers: call quantize_layers"
+        found = ", ".join(kind.__name__ for kind in kinds) or "no quantizers (see quantize_layers)"
         raise ValueError(f"the block holds {found}: {config.method} is needed, as config says")
     factors = [p for q in quantizers(block).values() for p in q.parameters()]
-    steps = [p for q in input_quantizers(block).values() for p in q.parameters()]
-    if config.method == "rtn" or config.abits is None:
-        steps = []
+    steps = [p for q in input_quantizers(block).values() for p in q.parameters()
+             if config.method != "rtn" and config.abits is not None]
     return ([] if steps and not config.joint else factors), steps
 
 
 @contextmanager
 def learning(block: nn.Module, learned: list[nn.Parameter], seed: int):
-    """Within, only `learned` requires a gradient, and torch's own generator, which draws what QDrop
-    drops, starts from the seed. Afterwards the quantizers are frozen, the block is in eval mode,
-    and every other requires_grad and the generator are as they were."""
+    """Within, only `learned` requires a gradient, and torch's generator, which draws what is
+    dropped, starts from the seed. Afterwards both are as they were, but the quantizers are frozen
+    and the block is in eval mode."""
     before, device = [(p, p.requires_grad) for p in block.parameters()], device_of([block])
     cuda = device.type == "cuda"
     own = {p for q in (*quantizers(block).values(), *input_quantizers(block).values())
@@ -418,9 +414,8 @@ def check_finite(history: list[float], loss: float, index: int, config) -> None:
     """FloatingPointError that names the first iteration whose loss is not finite."""
     if bad := [i for i, value in enumerate([*history, loss], 1) if not math.isfinite(value)]:
         when = (f"at iteration {min(bad[0], len(history))} of {config.iterations}: try a smaller lr"
-                if history else "before training: do its activations overflow?")
-        raise FloatingPointError(f"block {index}, {config.method}: the loss is not finite {when}. "
-                                 "The block is left as it was")
+                if history else "before training. Do its activations overflow?")
+        raise FloatingPointError(f"block {index}, {config.method}: the loss is not finite {when}")
 
 
 def plan(blocks, config: ReconstructionConfig, inputs: bool = False) -> list[dict[str, int]]:
@@ -434,6 +429,8 @@ def plan(blocks, config: ReconstructionConfig, inputs: bool = False) -> list[dic
     to quantize, or as flexround.quantizable_layers.
     """
     model = nn.ModuleList(blocks)                                    # names: "<block>.<layer>"
+    if config.method != "rtn" and any(p.dtype == torch.float16 for p in model.parameters()):
+        raise ValueError("the network is in torch.float16, where Adam overflows: use .float()")
     layers, names = quantizable_layers(model), dict(model.named_modules())
     for i, block in enumerate(blocks):                               # a module is named only once
         for name in quantizable_layers(block):
@@ -456,8 +453,9 @@ def plan(blocks, config: ReconstructionConfig, inputs: bool = False) -> list[dic
             or name not in layers and not isinstance(m, known)
             and any("weight" in n and p.dim() > 1 for n, p in m.named_parameters(recurse=False))]
     if left and not inputs:
-        warnings.warn(f"only nn.Linear and nn.Conv2d are quantized, these stay float: {left}. Fold "
-                      "batch norm first, as the paper does (models.fold_batchnorm)", stacklevel=3)
+        hint = ". Fold batch norm first: models.fold_batchnorm" if "BatchNorm" in str(left) else ""
+        warnings.warn(f"we quantize nn.Linear and nn.Conv2d, these stay float: {left}{hint}",
+                      stacklevel=3)
     if set(bits.values()) == {config.end_bits} != {asked}:
         warnings.warn(f"no layer is left at {'abits' if inputs else 'bits'} = {asked}: {bits}. "
                       "end_bits = None makes no exception of the first and the last", stacklevel=3)
@@ -473,8 +471,8 @@ def cache_bytes(blocks, calibration: Tensor) -> int:
     for i, block in enumerate(blocks):
         x = block.eval()(x.to(device_of(blocks), copy=True))
         if not isinstance(x, Tensor) or x.shape[:1] != (1,) or not torch.isfinite(x).all():
-            raise ValueError(f"block {i} returns {x!r:.100} for one calibration input: a finite "
-                             "tensor with one row for each input is needed")
+            raise ValueError(f"block {i} returns {type(x).__name__} {getattr(x, 'shape', '')}: for "
+                             "one input a finite tensor with one row is needed")
         sizes.append(x.nbytes)
     # At most x_fp and x_q, the inputs of a block, and the same two of its outputs.
     return len(calibration) * max(2 * (a + b) for a, b in zip(sizes, sizes[1:], strict=False))
@@ -559,7 +557,7 @@ def load_quantized(model: nn.Module, path) -> nn.Module:
         raise
     except Exception as error:                                       # torch raises many kinds
         raise ValueError(f"{path}: truncated, damaged or not a file of save_quantized "
-                         f"({type(error).__name__}: {error})") from error
+                         f"({type(error).__name__}: {str(error).splitlines()[0]})") from error
     theirs, ours = ({key: (t.dtype, tuple(t.shape)) for key, t in tensors.items()}
                     for tensors in (state, model.state_dict()))
     theirs |= dict.fromkeys(inputs, "a layer")
@@ -616,6 +614,8 @@ def main(arguments=None) -> None:
                                     lr=args.lr, abits=args.abits, setting=args.setting,
                                     device=args.device)
                for bits in args.bits for method in args.method]
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"--device {args.device}: torch sees no CUDA device here")
     for name in args.model:                                          # what is missing is said here
         print(f"{name}: {models.load_task(name, **options).about}")
     activations = f"A{args.abits}" if args.abits else ""
@@ -625,8 +625,8 @@ def main(arguments=None) -> None:
     # The runs do not depend on each other. On a CPU we make them side by side, in processes of one
     # thread each. This takes the least time, and the number of cores then changes no result.
     workers = min(len(jobs), multiprocessing.cpu_count(), 8) if args.device == "cpu" else 1
-    print(f"{len(jobs)} runs, {workers} at a time: symmetric grid per tensor, {args.iterations} "
-          f"iterations a block; torch {torch.__version__} on {args.device}", flush=True)
+    print(f"{len(jobs)} runs, {workers} at a time, {args.iterations} iterations for each block, "
+          f"torch {torch.__version__} on {args.device}", flush=True)
     names, began, found = [METHODS[m].__name__ for m in args.method], time.perf_counter(), {}
     with multiprocessing.get_context("spawn").Pool(workers, torch.set_num_threads, (1,)) as pool:
         for key, score in pool.imap_unordered(one_run, jobs):
