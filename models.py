@@ -9,7 +9,7 @@ The blocks of a ResNet are the stem, each residual block (its addition and ReLU 
 with the classifier. Those of a GPT are the embeddings, each transformer block, and the last norm
 with the head. Our modules bear the names of the published files, so that read_into is short.
 
-Shapes at line ends: N images, C channels, H x W pixels; B sequences of T tokens, D channels.
+Shapes at line ends: N images, C channels, H x W pixels, or B sequences of T tokens, D channels.
 """
 import platform
 import warnings
@@ -41,8 +41,8 @@ class Blocks(nn.Module):
 
 
 def read_into(net: Blocks, saved: dict[str, Tensor], prefixes: list[str], path) -> Blocks:
-    """Copy a published file into net; return net in eval mode. The file calls the tensors of block
-    i as we do, after prefixes[i]. ValueError: a file of another network."""
+    """Copy a published file into net and return it in eval mode. The file calls the tensors of
+    block i as we do, after prefixes[i]. ValueError: a file of another network."""
     ours = {prefix + key: f"blocks.{i}.{key}"
             for i, (prefix, block) in enumerate(zip(prefixes, net.blocks, strict=True))
             for key in block.state_dict()}
@@ -137,7 +137,7 @@ def resnet20(path=None) -> ResNet:
 # ---- A MobileNetV2-like network (Sandler et al. 2018) --------------------------------------------
 
 class InvertedResidual(nn.Module):
-    """1 x 1 to more channels, 3 x 3 depthwise, 1 x 1 back; ReLU6; added to x where shapes agree."""
+    """1 x 1 to more channels, 3 x 3 depthwise, 1 x 1 back, added to x where shapes agree."""
 
     def __init__(self, c_in: int, c_out: int, stride: int = 1, expand: int = 4):
         super().__init__()
@@ -170,7 +170,7 @@ class MobileNet(Blocks):
 
 
 def fold_batchnorm(net: nn.Module, x: Tensor | None = None) -> nn.Module:
-    """Fold each BatchNorm2d into the Conv2d that is defined just before it, in place; return net.
+    """Fold each BatchNorm2d into the Conv2d that is defined just before it, in place. Return net.
 
     We put net in eval mode, because what is folded are the running statistics, and batch norm
     becomes nn.Identity. The order of definition can differ from the order of use (a pre-activation
@@ -260,7 +260,7 @@ class Head(nn.Module):
 class GPT(Blocks):
     """GPT-2's architecture: model(tokens) returns logits, (B, T) -> (B, T, vocabulary).
 
-    vocabulary: how many different tokens; context: the largest T; width: D, a multiple of heads.
+    vocabulary is the number of tokens, context the largest T, and width is D, a multiple of heads.
     """
 
     def __init__(self, vocabulary: int, context: int = 64, layers: int = 4, heads: int = 4,
@@ -280,8 +280,8 @@ class GPT(Blocks):
 
 def gpt2(path, n_head: int | None = None) -> GPT:
     """A network of the GPT-2 family with its published weights: pytorch_model.bin or
-    model.safetensors of openai-community/gpt2, -medium, -large or -xl. n_head: attention heads;
-    None is width / 64, as in all of these. ValueError: not a GPT-2."""
+    model.safetensors of openai-community/gpt2, -medium, -large or -xl. All of these have width / 64
+    attention heads, which is n_head = None. ValueError: not a GPT-2."""
     if Path(path).suffix == ".safetensors":
         from safetensors.torch import load_file
         saved = load_file(path)
