@@ -557,7 +557,7 @@ def load_quantized(model: nn.Module, path) -> nn.Module:
         raise
     except Exception as error:                                       # torch raises many kinds
         raise ValueError(f"{path}: truncated, damaged or not a file of save_quantized "
-                         f"({type(error).__name__}: {str(error).splitlines()[0]})") from error
+                         f"({type(error).__name__}: {str(error).partition(chr(10))[0]})") from error
     theirs, ours = ({key: (t.dtype, tuple(t.shape)) for key, t in tensors.items()}
                     for tensors in (state, model.state_dict()))
     theirs |= dict.fromkeys(inputs, "a layer")

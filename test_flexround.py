@@ -440,6 +440,56 @@ def test_the_mask_exactly_at_the_bound():
     assert x.grad.tolist() == [0, 1, 1, 0]
 
 
+@pytest.mark.parametrize("per_channel", [False, True], ids=["tensor", "channel"])
+def test_torchs_own_learnable_quantizer_agrees(per_channel):
+    """torch ships a compiled quantizer whose step is learned, so it checks our forward, the
+    gradient of s1, and, as -W times its dL/dW, that of S2 (all at the start, where S2 = 1)."""
+    name = f"_fake_quantize_learnable_per_{'channel' if per_channel else 'tensor'}_affine"
+    if not hasattr(torch, name):
+        pytest.skip(f"this torch has no {name}: it is private")
+    W, G = weight((6, 40), dtype=torch.float32), weight((6, 40), seed=9, dtype=torch.float32)
+    q = FlexRound(W, 3, False, per_channel)
+    with torch.no_grad():
+        q.log_s1.sub_(0.3)                                           # so that the clamp takes part
+    q(W).backward(G)
+    theirs, s1 = W.clone().requires_grad_(), q.s1.detach().reshape(-1).clone().requires_grad_()
+    z = q.zero_point.reshape(-1).float()
+    W_hat = getattr(torch, name)(theirs, s1, z, *([0] if per_channel else []), 0, 7, 1.0)
+    W_hat.backward(G)
+    torch.testing.assert_close(q(W), W_hat)
+    torch.testing.assert_close(q.log_s1.grad.flatten(), s1.grad * s1.detach(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(q.log_S2.grad, -W * theirs.grad)
+    assert 0 < (theirs.grad == 0).float().mean() < 1
+
+
+@pytest.mark.skipif("FLEXROUND_AUTHORS" not in os.environ, reason="FLEXROUND_AUTHORS is not set")
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_the_authors_code_agrees(bits):
+    """The authors' release is the paper's own reading of Eq. 2, for linear layers of Llama."""
+    file = Path(os.environ["FLEXROUND_AUTHORS"]) / "quant" / "UniformAffineQuantizer.py"
+    quantizer = runpy.run_path(str(file))["UniformAffineQuantizer"]
+    W, g = weight((6, 40)), torch.Generator().manual_seed(1)
+    q = FlexRound(W, bits, symmetric=False, per_channel=True)
+    with torch.no_grad():                                            # in the middle of training
+        for p in q.parameters():
+            p.add_(0.2 * torch.randn(p.shape, generator=g, dtype=p.dtype))
+    theirs = quantizer(bits, channel_wise=True, mode="flexround", org_weight=W)
+    theirs.zero_point = q.zero_point.double()
+    pairs = (theirs.delta1, theirs.delta2, theirs.delta3), (q.log_s1, q.log_S2, q.log_s3)
+    with torch.no_grad():
+        for p, ours in zip(*pairs, strict=True):
+            p.copy_(ours)
+    G = weight((6, 40), seed=9)
+    q(W).backward(G)
+    W_hat = theirs(W)
+    W_hat.backward(G)
+    codes = (W_hat / theirs.delta1.exp()).round().int() + q.zero_point
+    assert torch.equal(codes, q.codes(W))
+    torch.testing.assert_close(q(W), W_hat, rtol=1e-14, atol=1e-14)
+    for p, ours in zip(*pairs, strict=True):
+        torch.testing.assert_close(ours.grad, p.grad, rtol=1e-12, atol=1e-13)
+
+
 # ---- 4. The seam ---------------------------------------------------------------------------------
 
 LAYERS = {
@@ -1131,7 +1181,7 @@ def test_which_inputs_are_seen():
             return y
 
     torch.manual_seed(0)
-    block, x = Odd(), torch.randn(8, 3)
+    block, x = Odd(), 30 * torch.randn(8, 3)
     before, first = x.clone(), x.relu()
     both = torch.cat([first, block.named(block.twice(first)) - 2])
     with pytest.warns(UserWarning, match=r"not called with a positional.*\['named', 'never'\]"):
