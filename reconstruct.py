@@ -388,9 +388,8 @@ def learned_parameters(block: nn.Module, config: ReconstructionConfig) -> tuple[
 
 @contextmanager
 def learning(block: nn.Module, learned: list[nn.Parameter], seed: int):
-    """Within, only `learned` requires a gradient, and torch's generator, which draws what is
-    dropped, starts from the seed. Afterwards both are as they were, but the quantizers are frozen
-    and the block is in eval mode."""
+    """Within, only `learned` requires a gradient, and torch's generator, which draws what drops, is
+    seeded. Afterwards both are as before, the quantizers are frozen, the block is in eval mode."""
     before, device = [(p, p.requires_grad) for p in block.parameters()], device_of([block])
     cuda = device.type == "cuda"
     own = {p for q in (*quantizers(block).values(), *input_quantizers(block).values())
@@ -400,7 +399,8 @@ def learning(block: nn.Module, learned: list[nn.Parameter], seed: int):
         p.requires_grad_(True)
     try:
         with torch.enable_grad(), torch.random.fork_rng([device] if cuda else []):
-            (torch.cuda if cuda else torch.default_generator).manual_seed(seed)
+            draw = torch.cuda.default_generators[device.index] if cuda else torch.default_generator
+            draw.manual_seed(seed)
             yield
     finally:
         for p, required in before:
