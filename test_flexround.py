@@ -1148,7 +1148,7 @@ def test_an_activation_in_closed_form(symmetric, shift, lo):
 
 
 @pytest.mark.parametrize("name, setting, symmetric",
-                         zip(NETWORKS, "BQBQ", (True, False, False, True), strict=True))
+                         [*zip(NETWORKS, "BQBQ", (True, False, False, True), strict=True)])
 def test_weights_and_activations_end_to_end(name, setting, symmetric):
     """At 8 bits all is near the float network, and each layer's input lies on its grid."""
     net, x, layers = tiny(name)
