@@ -129,7 +129,7 @@ def resnet20(path=None) -> ResNet:
            "resnet20-12fca82f.th")
     saved = (torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True)
              if path is None else torch.load(path, map_location="cpu", weights_only=True))
-    saved = {key.removeprefix("module."): t for key, t in saved["state_dict"].items()}
+    saved = {key.removeprefix("module."): t for key, t in saved.get("state_dict", saved).items()}
     inner = [f"layer{stage}.{i}." for stage in (1, 2, 3) for i in range(3)]
     return read_into(ResNet(), saved, ["", *inner, ""], path or url)
 

@@ -232,9 +232,8 @@ def make_iteration(block: nn.Module, x_q: Tensor, y_fp: Tensor, config: Reconstr
     regularised = [q for q in quantizers(block).values() if factors and hasattr(q, "regulariser")]
     dropping = [q for q in input_quantizers(block).values() if q.drop > 0]
 
-    # What changes from one iteration to the next: the two rates, AdaRound's weight and beta, and
-    # the batch. They lie in tensors that we overwrite, because a recorded step reads the same
-    # memory each time.
+    # What changes between iterations: two rates, AdaRound's weight and beta, the batch. They lie in
+    # tensors that we overwrite, because a recorded step reads the same memory each time.
     lr = METHODS[config.method].default_lr if config.lr is None else config.lr
     step_lr = STEP_LR[config.setting] if config.step_lr is None else config.step_lr
     cosine = [(1 + math.cos(math.pi * i / total)) / 2 for i in range(total)]
@@ -300,8 +299,7 @@ def quantize_model(blocks, calibration: Tensor, config: ReconstructionConfig, sh
         show: a progress bar. Where there is no terminal, a line for each block.
 
     Returns:
-        A report for each block that has layers to quantize. In setting B a second one for each
-        follows, of its steps.
+        A report for each block that has layers. In setting B a second one for each, of its steps.
 
     Raises:
         ValueError: what is quantized already, or as plan and cache_bytes. This comes before work.
@@ -342,8 +340,7 @@ def quantize_model(blocks, calibration: Tensor, config: ReconstructionConfig, sh
             x_fp, x_q = y_fp, run(block.eval().to(device), x_q, config.batch_size, device, cache)
             targets[i].to(home), block.to(home)
     bar.close()
-    for q in input_quantizers(nn.ModuleList(blocks).eval()).values():
-        q.drop = 0.0                                                 # learned: nothing drops now
+    nn.ModuleList(blocks).eval()
     return reports
 
 
@@ -360,13 +357,16 @@ def _quantize_block(block, x_q, y_fp, x_fp, config, i, bits, abits, home, bar) -
         if bits is not None:                                         # less what is tied elsewhere
             skip = set(quantizable_layers(block)) - set(bits[i])
             flexround.quantize_layers(block, config, bits[i], skip)  # round to nearest so far
-        return reconstruct_block(block, x_q, y_fp, config, x_fp if config.drop > 0 else None, i,
-                                 lambda *_: bar.update())
+        report = reconstruct_block(block, x_q, y_fp, config, x_fp if config.drop > 0 else None, i,
+                                   lambda *_: bar.update())
     except BaseException:
         flexround.remove_input_quantizers(block.to(home))
         if bits is not None:
             flexround.fold(block, keep=False)
         raise
+    for q in input_quantizers(block).values():
+        q.drop = 0.0                                                 # learned: nothing drops now
+    return report
 
 
 def learned_parameters(block: nn.Module, config: ReconstructionConfig) -> tuple[list, list]:

@@ -963,6 +963,10 @@ def test_after_a_failure_the_block_is_float_and_earlier_ones_quantized():
         quantize_model([fold(first), second], x, replace(config, abits=4))
     assert len(quantizers(first)) == len(input_quantizers(first)) == 2
     assert quantizers(second) and not input_quantizers(second)
+    first, second = small_block(), nn.Sequential(nn.Conv2d(16, 8, 3), Exploding(12))
+    with pytest.raises(FloatingPointError, match="block 1"):         # in setting Q: nothing drops
+        quantize_model([first, second], x, replace(config, abits=4, setting="Q"))
+    assert [q.drop for q in input_quantizers(first).values()] == [0.0, 0.0]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -1045,9 +1049,10 @@ def test_the_resnet20_checkpoint_is_read_and_others_are_refused(tmp_path):
     assert sum(p.numel() for p in net.parameters()) == 269_722       # 0.27 M, He et al.
     for wrong in (state | {"module.layer2.0.conv1.weight": torch.zeros(32, 16, 5, 5)},
                   state | {"module.x": x}, dict(list(state.items())[1:])):
-        torch.save({"state_dict": wrong}, path)
-        with pytest.raises(ValueError, match="net.th holds another network"):
-            models.resnet20(path)
+        for file in ({"state_dict": wrong}, wrong):
+            torch.save(file, path)
+            with pytest.raises(ValueError, match="net.th holds another network"):
+                models.resnet20(path)
 
 
 def test_a_gpt2_checkpoint_is_read_and_others_are_refused(tmp_path):
