@@ -1,7 +1,6 @@
 """What demo.ipynb needs and what is not its story: the look of a chart, many runs side by side,
 tables, the committed runs of results.jsonl, and what a quantized network holds."""
 import io
-import json
 import multiprocessing
 import os
 import statistics
@@ -19,6 +18,7 @@ import flexround
 import models
 import reconstruct
 from experiments import tools
+from experiments.studies import read_results
 
 RESULTS = Path(__file__).with_name("results.jsonl")
 
@@ -73,6 +73,8 @@ def side_by_side(jobs: list, full: dict, data=None) -> list[dict]:
             records.append(record)
             left = (time.perf_counter() - began) * (len(jobs) / len(records) - 1)
             line.update(Markdown(f"{len(records)} of {len(jobs)} runs, about {left:.0f} s left"))
+        pool.close()                                                 # as in reconstruct.main
+        pool.join()
     line.update(Markdown(f"{len(jobs)} runs, {workers} at a time, "
                          f"{time.perf_counter() - began:.0f} s"))
     return records
@@ -80,8 +82,7 @@ def side_by_side(jobs: list, full: dict, data=None) -> list[dict]:
 
 def committed(study: str, **settings) -> list[dict]:
     """The records of one study in results.jsonl. settings: what their config has to hold."""
-    records = map(json.loads, RESULTS.read_text().splitlines())
-    return [r for r in records if r["study"] == study
+    return [r for r in read_results(RESULTS) if r["study"] == study
             and all(r["config"][key] == value for key, value in settings.items())]
 
 
