@@ -24,7 +24,7 @@ How we differ from the paper and from the authors' code, and why
 - All methods share the optimizer (Adam, cosine decay to 0), the iterations and the batches. Only
   the rate is each method's own. The paper gives AdaRound and AdaQuant BRECQ's settings.
 - The paper states neither the loss's reduction nor the rate's schedule. We follow the authors'
-  code, except that it sums over dim 1 always, which for a GPT is the tokens: see block_loss.
+  code, but that sums over dim 1 always, which for a GPT is the tokens: see block_loss.
 """
 import argparse
 import copy
@@ -125,7 +125,8 @@ class BlockReport:
     abits: dict[str, int] = field(default_factory=dict)    # of each quantized layer's input
 
     def __str__(self):
-        return f"loss {self.start_loss:.3g} -> {self.final_loss:.3g} in {self.seconds:.1f} s"
+        hint = ": as at the start, try a smaller lr" * (self.history != [] and not self.best_iteration)
+        return f"loss {self.start_loss:.3g} -> {self.final_loss:.3g} in {self.seconds:.1f} s{hint}"
 
 
 # ---- One block -----------------------------------------------------------------------------------
@@ -155,8 +156,8 @@ def reconstruct_block(block: nn.Module, x_q: Tensor, y_fp: Tensor, config: Recon
     """Learn the factors of a block's quantizers, in place: descend block_loss(block(x_q), y_fp).
 
     At the start and after each quarter of the iterations we evaluate all of the calibration set
-    with hard codes, and we keep the best state that we saw. Afterwards the block is in eval mode
-    and its factors are frozen. We touch no other parameter.
+    with hard codes, because batches differ too much in difficulty, and we keep the best state.
+    Afterwards the block is in eval mode and its factors are frozen. We touch no other parameter.
 
     Args:
         block: a module with quantizers in place (flexround.quantize_layers).
@@ -168,11 +169,13 @@ def reconstruct_block(block: nn.Module, x_q: Tensor, y_fp: Tensor, config: Recon
         progress: called as progress(iterations done, last evaluated loss) after each iteration.
 
     Raises:
-        FloatingPointError: a loss that is not finite. Then, and on any other exception, the factors
-            are as they were before. ValueError: other quantizers than config's.
+        FloatingPointError: a loss that is not finite. On any exception the factors are as before.
+        ValueError: other quantizers than config's, or within parametrize.cached().
     """
     began = time.perf_counter()
     learned, device = sum(learned_parameters(block, config), []), device_of([block])
+    if parametrize._cache_enabled:                                   # it would hide what is learned
+        raise ValueError("within parametrize.cached() nothing can be learned: leave it first")
     if config.drop > 0 and x_fp is None:
         raise ValueError(f"input_drop = {config.drop} needs x_fp, the full-precision input")
     if config.batch_size > len(x_q) and learned:
@@ -194,8 +197,6 @@ def reconstruct_block(block: nn.Module, x_q: Tensor, y_fp: Tensor, config: Recon
                     loss = evaluate(block, x_q, y_fp, config.batch_size, device)
                     check_finite(history[:i].tolist(), loss, index, config)
                     evaluations.append((i, loss))
-                    # The best iterate is kept. Batches differ too much in difficulty to tell which
-                    # that is, so we compare losses on all inputs.
                     if loss < best_loss:
                         best_loss, best_iteration = loss, i
                         best = [p.detach().clone() for p in learned]
@@ -287,9 +288,8 @@ def run(block: nn.Module, x: Tensor, batch_size: int, device, cache_device) -> T
 def quantize_model(blocks, calibration: Tensor, config: ReconstructionConfig, show: bool = True):
     """Quantize a network block after block, in place: the paper's method from end to end.
 
-    Afterwards the quantizers are in place, their factors are frozen, and the blocks are in eval
-    mode. flexround.fold makes the result permanent. Fold before you call net.train(), because in
-    train mode AdaRound is soft.
+    Afterwards the factors are frozen and the blocks are in eval mode. flexround.fold makes the
+    result permanent. Fold before you call net.train(), because in train mode AdaRound is soft.
 
     Args:
         blocks: a list or nn.ModuleList of Tensor -> Tensor modules which, one after the other, are
@@ -303,8 +303,8 @@ def quantize_model(blocks, calibration: Tensor, config: ReconstructionConfig, sh
 
     Raises:
         ValueError: what is quantized already, or as plan and cache_bytes. This comes before work.
-        FloatingPointError: a loss that is not finite. Then, and on any other exception, that block
-            is as before, and the earlier ones stay quantized.
+        FloatingPointError: a loss that is not finite. On any exception that block is as before, and
+            the earlier ones stay quantized.
     """
     blocks = list(nn.ModuleList(blocks))
     if len(calibration) == 0 or not torch.isfinite(calibration).all():
@@ -328,15 +328,14 @@ def quantize_model(blocks, calibration: Tensor, config: ReconstructionConfig, sh
                else True, desc=f"{config.method} W{config.bits}, {size / 1e6:,.0f} MB cached")
     for targets, weights, inputs in passes:
         x_fp = x_q = calibration.detach().to(cache)
-        # This is the loop at the head of the file. The target y_fp comes first, while the block is
-        # still full precision. x_fp is X, and x_q is X_tilde.
+        # The loop at the head of this file. y_fp comes first, while the block is full precision.
         for i, block in enumerate(blocks[:last + 1]):
             y_fp = run(targets[i].eval().to(device), x_fp, config.batch_size, device, cache)
             if bits[i]:
                 reports.append(_quantize_block(block.eval().to(device), x_q, y_fp, x_fp, config, i,
                                                weights, inputs, home, bar))
-                if show and bar.disable:
-                    print(f"block {i} of {last}: {reports[-1]}", file=sys.stderr, flush=True)
+                if show and (bar.disable or reports[-1].best_iteration == 0):
+                    bar.write(f"block {i} of {last}: {reports[-1]}", file=sys.stderr)
             x_fp, x_q = y_fp, run(block.eval().to(device), x_q, config.batch_size, device, cache)
             targets[i].to(home), block.to(home)
     bar.close()
@@ -372,9 +371,8 @@ def _quantize_block(block, x_q, y_fp, x_fp, config, i, bits, abits, home, bar) -
 def learned_parameters(block: nn.Module, config: ReconstructionConfig) -> tuple[list, list]:
     """What is learned now, as two lists: the factors of weights, and the steps of activations.
 
-    With weights only, it is the factors. Setting B learns those first. It comes a second time, when
-    steps are in place, and then learns only these. Setting Q learns both together. Round to nearest
-    learns nothing. ValueError: the block does not hold the quantizers that config names.
+    Setting B learns the factors. When it comes again steps are in place, and it learns only these.
+    Setting Q learns both together. ValueError: the block holds other quantizers than config's.
     """
     kinds = {type(q) for q in quantizers(block).values()}
     if kinds != {METHODS[config.method]}:
@@ -422,11 +420,10 @@ def plan(blocks, config: ReconstructionConfig, inputs: bool = False) -> list[dic
     """How many bits each layer gets: for each block a dictionary from layer name to bits.
 
     nn.Linear and nn.Conv2d are quantized. Embeddings, a head tied to an embedding, norms and all
-    else stay float. end_bits goes to the first layer of the first block and the last layer of the
-    last, and layer_bits goes before both. With inputs=True, the bits of the layers' inputs: abits
-    and end_bits. We warn of weights that stay float, and where no layer has the bits you asked for.
-    ValueError: layer_bits names what is not there, a layer stands in two blocks, there is nothing
-    to quantize, or as flexround.quantizable_layers.
+    else stay float. end_bits goes to the first layer of the first block and the last of the last,
+    layer_bits goes before both. With inputs=True, the bits of the layers' inputs: abits, end_bits.
+    We warn of weights that stay float, and of bits that no layer has. ValueError: layer_bits names
+    what is not there, a layer in two blocks, no layer, or as flexround.quantizable_layers.
     """
     model = nn.ModuleList(blocks)                                    # names: "<block>.<layer>"
     if config.method != "rtn" and any(p.dtype == torch.float16 for p in model.parameters()):
@@ -447,6 +444,8 @@ def plan(blocks, config: ReconstructionConfig, inputs: bool = False) -> list[dic
         first, last = ([name for name in layers if name.split(".")[0] == str(i)]
                        for i in (0, len(blocks) - 1))
         bits |= dict.fromkeys(first[:1] + last[-1:], config.end_bits)
+        if empty := [i for i in (0, len(blocks) - 1) if not [*blocks[i].parameters()]]:
+            warnings.warn(f"end_bits: block {empty} has no weight, join it to others", stacklevel=3)
     bits |= {} if inputs else config.layer_bits
     norm, known = nn.modules.batchnorm._BatchNorm, (nn.Embedding, nn.Linear, nn.Conv2d)
     left = [f"{name} ({type(m).__name__})" for name, m in names.items() if isinstance(m, norm)
@@ -468,8 +467,8 @@ def cache_bytes(blocks, calibration: Tensor) -> int:
     """The most bytes of activations that are cached at a time, found by a run on one input.
     ValueError: a block that does not return a finite tensor for it."""
     sizes, x = [calibration[0].nbytes], calibration[:1]
-    for i, block in enumerate(blocks):
-        x = block.eval()(x.to(device_of(blocks), copy=True))
+    for i, block in enumerate(blocks):                               # a copy: the mode stays
+        x = copy.deepcopy(block).eval()(x.to(device_of(blocks), copy=True))
         if not isinstance(x, Tensor) or x.shape[:1] != (1,) or not torch.isfinite(x).all():
             raise ValueError(f"block {i} returns {type(x).__name__} {getattr(x, 'shape', '')}: for "
                              "one input a finite tensor with one row is needed")
@@ -521,6 +520,8 @@ def save_quantized(model: nn.Module, path) -> int:
     for name, layer in model.named_modules(remove_duplicate=False):  # every name, as in state_dict
         if q := quantizers(layer).get(""):
             codes = q.codes(layer.parametrizations.weight.original).cpu()
+            if not torch.equal(q.s1.cpu() * (codes - q.zero_point.cpu()), layer.weight.cpu()):
+                raise ValueError(f"{name}: W_hat is not s1 * integers(), no integers can hold it")
             file["layers"][name] = {
                 "bits": q.bits, "symmetric": q.symmetric, "s1": q.s1.cpu(), "zero_point":
                 q.zero_point.cpu(), "shape": list(codes.shape), "codes": pack(codes - q.lo, q.bits)}
@@ -536,10 +537,9 @@ def save_quantized(model: nn.Module, path) -> int:
 def load_quantized(model: nn.Module, path) -> nn.Module:
     """Put the weights of a file of save_quantized into a float network. Return it in eval mode.
 
-    The result computes what the saved model does. Its layers are plain and hold W_hat. Where inputs
-    of layers were quantized, they are again. We check all before we change the first tensor.
-
-    model is the float architecture of the saved model, batch norm folded where it was there.
+    The result computes what the saved model does. Its layers are plain and hold W_hat. Inputs that
+    were quantized are again. We check all before we change the first tensor. model is the saved
+    model's float architecture, batch norm folded where it was there.
     ValueError: another kind of file, or another architecture (it names the layer).
     """
     try:

