@@ -49,7 +49,7 @@ from tqdm.auto import tqdm
 import flexround
 from flexround import METHODS, code_range, input_quantizers, quantizable_layers, quantizers
 
-STEP_LR = {"B": 4e-4, "Q": 4e-5}     # section 4: first rate of activations' steps in each setting
+STEP_LR = 4e-4           # first rate of activations' steps: section 4's in B. In Q it has 4e-5
 QDROP = 0.5                          # section 4: with this probability Q keeps a float value
 
 
@@ -125,7 +125,7 @@ class BlockReport:
     abits: dict[str, int] = field(default_factory=dict)    # of each quantized layer's input
 
     def __str__(self):
-        hint = ": as at the start, try a smaller lr" * (self.history != [] and not self.best_iteration)
+        hint = ": as at the start, smaller lr?" * (self.history != [] and self.best_iteration == 0)
         return f"loss {self.start_loss:.3g} -> {self.final_loss:.3g} in {self.seconds:.1f} s{hint}"
 
 
@@ -236,7 +236,7 @@ def make_iteration(block: nn.Module, x_q: Tensor, y_fp: Tensor, config: Reconstr
     # What changes between iterations: two rates, AdaRound's weight and beta, the batch. They lie in
     # tensors that we overwrite, because a recorded step reads the same memory each time.
     lr = METHODS[config.method].default_lr if config.lr is None else config.lr
-    step_lr = STEP_LR[config.setting] if config.step_lr is None else config.step_lr
+    step_lr = STEP_LR if config.step_lr is None else config.step_lr
     cosine = [(1 + math.cos(math.pi * i / total)) / 2 for i in range(total)]
     changing = torch.tensor([(lr * c, step_lr * c, *flexround.AdaRound.schedule(i / total))
                              for i, c in enumerate(cosine)], dtype=torch.float32, device=device)

