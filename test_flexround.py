@@ -26,22 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import flexround
 import models
 import reconstruct
-from flexround import (
-    LSQ,
-    METHODS,
-    AdaQuant,
-    AdaRound,
-    Clamp,
-    FlexRound,
-    Round,
-    RoundToNearest,
-    fold,
-    input_quantizers,
-    quantize_inputs,
-    quantize_layers,
-    quantizers,
-    search_range,
-)
+from flexround import FlexRound, RoundToNearest, fold, input_quantizers, quantize_layers, quantizers
 from reconstruct import ReconstructionConfig, quantize_model, reconstruct_block
 
 torch.set_num_threads(1)                 # for tensors this small, more threads take more time
@@ -151,7 +136,8 @@ def test_search_is_never_worse_than_min_max_and_close_to_the_best(symmetric, per
         W = weight((8, 60), seed)
         W[3, 7] *= 6                                                 # an outlier
         rows, widest, z_widest = min_max(W, bits, symmetric, per_channel)
-        log_s1, z = (t.reshape(-1, 1) for t in search_range(W, bits, symmetric, per_channel, p))
+        found = flexround.search_range(W, bits, symmetric, per_channel, p)
+        log_s1, z = (t.reshape(-1, 1) for t in found)
         found = lp_error(rows, log_s1.exp().numpy(), z.numpy(), bits, symmetric, p)
         assert (found <= lp_error(rows, widest, z_widest, bits, symmetric, p) * (1 + 1e-9)).all()
         best = np.min([lp_error(rows, widest * f, z_widest, bits, symmetric, p)
@@ -172,7 +158,7 @@ def test_an_asymmetric_range_holds_zero_and_shrinks_each_end_alone():
         assert (q(W) - W).abs().max() < 0.2                          # steps of 4 / 15
     W = weight((1, 500))
     W[0, 0] = 30
-    log_s1, z = search_range(W, 4, symmetric=False, p=1.0)
+    log_s1, z = flexround.search_range(W, 4, symmetric=False, p=1.0)
     rows, widest, z_widest = min_max(W, 4, False, False)
     together = np.min([lp_error(rows, widest * f, z_widest, 4, False, 1.0)
                        for f in np.linspace(0.02, 1, 2000)])
@@ -182,13 +168,13 @@ def test_an_asymmetric_range_holds_zero_and_shrinks_each_end_alone():
 def test_each_channel_is_searched_on_its_own_and_in_any_unit():
     """We search 64 channels at a time, and |error|^p could overflow, and neither may show."""
     W = weight((70, 9), dtype=torch.float32)
-    log_s1, z = search_range(W, 3, False, True)
+    log_s1, z = flexround.search_range(W, 3, False, True)
     for i in (0, 63, 64, 69):
-        alone = search_range(W[i:i + 1], 3, False)
+        alone = flexround.search_range(W[i:i + 1], 3, False)
         assert torch.equal(alone[0], log_s1[i, 0]) and torch.equal(alone[1], z[i, 0])
     for scale in (2.0 ** -70, 2.0 ** 70):
         for p in (2.0, 4.0):
-            a, b = (search_range(X, 3, False, True, p) for X in (W, W * scale))
+            a, b = (flexround.search_range(X, 3, False, True, p) for X in (W, W * scale))
             torch.testing.assert_close(a[0].exp() * scale, b[0].exp(), rtol=1e-4, atol=0.0)
             assert torch.equal(a[1], b[1])
 
@@ -200,9 +186,10 @@ def test_each_channel_is_searched_on_its_own_and_in_any_unit():
 def test_W_hat_is_s1_times_the_codes(method, shape, symmetric, per_channel):
     """All rules share one start, and the integers and s1, which are stored, give W_hat exactly."""
     W = weight(shape)
-    q, rtn = (cls(W, 3, symmetric, per_channel).eval() for cls in (METHODS[method], RoundToNearest))
+    q, rtn = (flexround.METHODS[name](W, 3, symmetric, per_channel).eval()
+              for name in (method, "rtn"))
     assert torch.equal(q(W), rtn(W)) and not torch.equal(rtn(W), W)
-    q, W = disturbed(shape, symmetric, per_channel, METHODS[method])
+    q, W = disturbed(shape, symmetric, per_channel, flexround.METHODS[method])
     codes = q.eval().codes(W)
     assert torch.equal(q(W), q.s1 * (codes - q.zero_point))
     assert codes.dtype == torch.int32 and q.zero_point.dtype == torch.int32
@@ -230,7 +217,7 @@ def test_a_weight_worked_out_by_hand():
     torch.testing.assert_close(q(W), torch.tensor([[0.5, 1.0], [-1.5, 1.5]]))
     torch.testing.assert_close(q.S, torch.tensor([[1.0, 0.5], [0.4, 0.4]]))
     W = torch.tensor([[0.9, -0.4, 0.24, 0.1]])
-    q = AdaQuant(W, 3)
+    q = flexround.AdaQuant(W, 3)
     with torch.no_grad():
         q.log_s1.copy_(torch.tensor(0.5).log())
         q.V.copy_(torch.tensor([[0.4, 0.0, 0.02, -0.5]]))
@@ -244,7 +231,7 @@ def test_factors_take_the_dtype_of_W_and_an_all_zero_channel_has_step_one(method
     W = weight((6, 5), dtype=dtype)
     W[2] = 0
     for symmetric in (True, False):
-        q = METHODS[method](W, 4, symmetric, True).eval()
+        q = flexround.METHODS[method](W, 4, symmetric, True).eval()
         assert {t.dtype for t in (*q.parameters(), q.log_s1, q(W))} == {dtype}
         assert (q(W) - W).abs().max() < W.abs().max() / 4
         assert q.s1[2].item() == 1 and torch.isfinite(q.log_s1).all() and not q(W)[2].any()
@@ -254,14 +241,14 @@ def test_factors_take_the_dtype_of_W_and_an_all_zero_channel_has_step_one(method
 def test_adaround_is_soft_in_train_mode_only_and_rounds_exact_ties_up(monkeypatch):
     """Soft codes learn and hard codes are stored, and ties are the one exception that we name."""
     W = weight((6, 5), dtype=torch.float32)
-    q, rtn = AdaRound(W, 3).train(), RoundToNearest(W, 3)
+    q, rtn = flexround.AdaRound(W, 3).train(), RoundToNearest(W, 3)
     torch.testing.assert_close(q(W), W.clamp(-4 * q.s1, 3 * q.s1))   # h is the cut-off fraction
     assert torch.equal(q.codes(W), rtn.codes(W))                     # codes are hard in any mode
     assert torch.equal(q.eval()(W), rtn(W))
     monkeypatch.setattr(flexround, "search_range", lambda *a: (torch.zeros(()), torch.tensor(0)))
     W = torch.tensor([[0.5, 1.5, -0.5, -1.5, 3.5, 9.0, -9.0, 0.4999999, 0.5000001, 0.0, -1e-9]])
     assert RoundToNearest(W, 3).codes(W).tolist() == [[0, 2, 0, -2, 3, 3, -4, 0, 1, 0, 0]]
-    assert AdaRound(W, 3).codes(W).tolist() == [[1, 2, 0, -1, 3, 3, -4, 0, 1, 0, 0]]
+    assert flexround.AdaRound(W, 3).codes(W).tolist() == [[1, 2, 0, -1, 3, 3, -4, 0, 1, 0, 0]]
 
 
 @over_shapes
@@ -280,8 +267,8 @@ def test_which_factors_there_are(shape):
     assert names(fixed) == names(q) - {"log_s1"} and "log_s1" in fixed.state_dict()
     assert names(bare) == {"log_s1", "log_S2"} and bare.s3 is None and bare.s4 is None
     assert torch.equal(bare(W), q(W)) and torch.equal(fixed(W), q(W))
-    assert names(RoundToNearest(W, 4)) == set() and names(AdaRound(W, 4)) == {"V"}
-    assert names(AdaQuant(W, 4)) == {"log_s1", "V"}
+    assert names(RoundToNearest(W, 4)) == set() and names(flexround.AdaRound(W, 4)) == {"V"}
+    assert names(flexround.AdaQuant(W, 4)) == {"log_s1", "V"}
 
 
 # ---- 3. Gradients --------------------------------------------------------------------------------
@@ -305,7 +292,7 @@ def test_forward_and_gradients_agree_with_the_loops_in_numpy(shape, symmetric, p
 @over_cases
 def test_gradients_of_adaquant_in_closed_form(shape, symmetric, per_channel):
     """Addition's gradient holds no W, because that is the paper's point against it."""
-    q, W = disturbed(shape, symmetric, per_channel, AdaQuant)
+    q, W = disturbed(shape, symmetric, per_channel, flexround.AdaQuant)
     G = weight(shape, seed=9)
     q(W).backward(G)
     u = (W + q.V.detach()) / q.s1.detach()
@@ -321,7 +308,7 @@ def test_gradients_of_adaquant_in_closed_form(shape, symmetric, per_channel):
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_gradient_of_adaround_is_the_true_one(symmetric):
     """Soft AdaRound does not round, so its gradient must pass gradcheck off the kinks."""
-    q, W = disturbed((4, 3, 3, 3), symmetric, cls=AdaRound)
+    q, W = disturbed((4, 3, 3, 3), symmetric, cls=flexround.AdaRound)
     h, (lo, hi) = q.train().h().detach(), q.bounds
     k = torch.floor(W / q.s1) + h
     smooth = torch.stack([k - lo, k - hi, h, h - 1]).abs().amin(0) > 1e-3    # off each kink
@@ -369,7 +356,7 @@ def test_the_backward_by_hand_is_autograds_in_fewer_operations(shape, symmetric,
     """Division stands in the code only because it is cheaper, so we count the operations."""
     def chain(W):                                                    # Eq. 2 as it is printed
         S = q.s1 * q.S2 * q.s3 * (1 if q.s4 is None else q.s4)
-        return q.s1 * Clamp.apply(Round.apply(W / S), *q.bounds)
+        return q.s1 * flexround.Clamp.apply(flexround.Round.apply(W / S), *q.bounds)
 
     q, W = disturbed(shape, symmetric, per_channel)
     grads, counts = [], []
@@ -384,7 +371,7 @@ def test_the_backward_by_hand_is_autograds_in_fewer_operations(shape, symmetric,
     assert counts[1] < 0.75 * counts[0]                              # 26 against 39 for "conv"
 
 
-@pytest.mark.parametrize("cls", [FlexRound, AdaQuant])
+@pytest.mark.parametrize("cls", [FlexRound, flexround.AdaQuant])
 def test_negative_control_gradcheck_rejects_the_estimator_itself(cls):
     """Numerically nothing moves, because round() is flat, so the estimator is a choice."""
     q, W = disturbed((6, 5), cls=cls)
@@ -401,7 +388,7 @@ def test_negative_control_gradcheck_rejects_the_estimator_itself(cls):
 def test_proposition_3_1_as_a_property(shape):
     """The reciprocal rule is the paper's one proposition: the gradient grows with the weight."""
     W = weight(shape)
-    q, a = FlexRound(W, 3), AdaQuant(W, 3)
+    q, a = FlexRound(W, 3), flexround.AdaQuant(W, 3)
     with torch.no_grad():                                            # so that some lie outside
         q.log_s1.sub_(0.5)
         a.log_s1.sub_(0.5)
@@ -430,13 +417,13 @@ def test_the_mask_exactly_at_the_bound():
     q(u[None]).sum().backward()
     assert (q.log_S2.grad[0] != 0).tolist() == [0, 0, 1, 1, 0, 1, 1, 1, 0, 0]    # 0 at u = 0
     x, y = u.clone().requires_grad_(), u.clone().requires_grad_()
-    (Clamp.apply(x, -4, 3) + Round.apply(y)).sum().backward()
+    (flexround.Clamp.apply(x, -4, 3) + flexround.Round.apply(y)).sum().backward()
     assert x.grad.tolist() == [0, 0, 0, 1, 1, 1, 1, 0, 0, 0] and y.grad.tolist() == [1] * 10
     halves = torch.tensor([0.5, 1.5, 2.5, -0.5, -1.5])
-    assert Round.apply(halves).tolist() == [0, 2, 2, 0, -2]          # ties to even
+    assert flexround.Round.apply(halves).tolist() == [0, 2, 2, 0, -2]          # ties to even
     # AdaRound's rectified sigmoid uses the same clamp: h exactly at 0 and 1 passes.
     x = torch.tensor([-0.01, 0.0, 1.0, 1.01], requires_grad=True)
-    Clamp.apply(x, 0, 1).sum().backward()
+    flexround.Clamp.apply(x, 0, 1).sum().backward()
     assert x.grad.tolist() == [0, 1, 1, 0]
 
 
@@ -577,7 +564,7 @@ def test_names_bits_and_what_is_skipped():
     assert type(net[3]) is nn.Linear and quantizers(net) == made
     config = ReconstructionConfig(symmetric=False, per_channel=True, p=1.5, learn_s1=False,
                                   use_s3_s4=False)                   # the config's switches arrive
-    s1, z = search_range(net[3].weight, 4, False, True, 1.5)
+    s1, z = flexround.search_range(net[3].weight, 4, False, True, 1.5)
     q = quantize_layers(net[3], config)[""]
     assert torch.equal(q.log_s1, s1) and torch.equal(q.zero_point, z)
     assert [n for n, _ in q.named_parameters()] == ["log_S2"]
@@ -766,8 +753,8 @@ def test_the_rate_falls_to_zero_along_a_cosine(rates):
 
 def test_the_schedule_of_adaround_is_the_one_that_is_run(monkeypatch):
     """BRECQ's numbers are literals here, because the paper takes AdaRound with these settings."""
-    betas, weighted = [], AdaRound.regulariser
-    monkeypatch.setattr(AdaRound, "regulariser",
+    betas, weighted = [], flexround.AdaRound.regulariser
+    monkeypatch.setattr(flexround.AdaRound, "regulariser",
                         lambda q, beta: betas.append(float(beta)) or weighted(q, beta))
     block, x, y, config = prepared("adaround", iterations=10)
     start = copy.deepcopy(list(quantizers(block).values()))          # V hardly moves in 2 steps
@@ -777,7 +764,7 @@ def test_the_schedule_of_adaround_is_the_one_that_is_run(monkeypatch):
     assert max(history[:2]) < 0.1 < min(history[2:])                 # none in the first fifth
     expected = 0.01 * sum(float(weighted(q, 20.0).detach()) for q in start)
     assert history[2] == pytest.approx(expected, rel=0.05)
-    q = AdaRound(weight((1, 3)), 3)
+    q = flexround.AdaRound(weight((1, 3)), 3)
     q.V.data = torch.tensor([[0.0, 9.0, np.log(0.25 / 0.75)]])
     torch.testing.assert_close(q.h().flatten().tolist(), [0.5, 1.0, 0.2])
     for beta in (2.0, 3.0):
@@ -937,9 +924,9 @@ def test_a_rule_of_your_own(monkeypatch):
         learns_s1, default_lr = True, 1e-2
 
         def integers(self, W):
-            return Clamp.apply(torch.ceil(W.detach() / self.s1), *self.bounds)
+            return flexround.Clamp.apply(torch.ceil(W.detach() / self.s1), *self.bounds)
 
-    monkeypatch.setitem(METHODS, "ceiling", Ceiling)
+    monkeypatch.setitem(flexround.METHODS, "ceiling", Ceiling)
     net, x, _ = tiny("resnet conv")
     reports = quantize_model(net.blocks, x, replace(QUICK, method="ceiling", abits=8, setting="Q"))
     assert any(r.final_loss < r.start_loss for r in reports)
@@ -1134,7 +1121,7 @@ def test_resnet20_reaches_its_published_accuracy():
 def test_an_activation_in_closed_form(symmetric, shift, lo):
     """LSQ's two gradients are in its docstring, and dropping is for training alone."""
     x = torch.randn(7, 11, generator=torch.Generator().manual_seed(3), dtype=torch.double) + shift
-    q, G = LSQ.of(x, 3, symmetric), weight((7, 11), seed=9)
+    q, G = flexround.LSQ.of(x, 3, symmetric), weight((7, 11), seed=9)
     with torch.no_grad():
         q.log_step -= 0.4                                            # so that it clips some of x
     x.requires_grad_()
@@ -1193,11 +1180,11 @@ def test_which_inputs_are_seen():
     before, first = x.clone(), x.relu()
     both = torch.cat([first, block.named(block.twice(first)) - 2])
     with pytest.warns(UserWarning, match=r"not called with a positional.*\['named', 'never'\]"):
-        made = quantize_inputs(block, x, dict.fromkeys(("twice", "never", "named"), 4))
+        made = flexround.quantize_inputs(block, x, dict.fromkeys(("twice", "never", "named"), 4))
     assert torch.equal(x, before) and list(made) == ["twice"] and made["twice"].signed
-    assert made["twice"].log_step == LSQ.of(both, 4).log_step
+    assert made["twice"].log_step == flexround.LSQ.of(both, 4).log_step
     with pytest.raises(ValueError, match="'twice': its input is quantized already"):
-        quantize_inputs(block, x, {"twice": 4})
+        flexround.quantize_inputs(block, x, {"twice": 4})
 
 
 def test_a_sign_is_seen_on_all_calibration_inputs():
@@ -1210,7 +1197,7 @@ def test_a_sign_is_seen_on_all_calibration_inputs():
         assert input_quantizers(net)["0"].signed == (batch < 4)
     x = torch.randn(300_000, generator=torch.Generator().manual_seed(0))
     for x[123_456] in (50.0, -50.0):
-        assert float(LSQ.of(x, 8, p=8.0).log_step.exp().detach()) > 0.9 * 50 / 128
+        assert float(flexround.LSQ.of(x, 8, p=8.0).log_step.exp().detach()) > 0.9 * 50 / 128
 
 
 @pytest.mark.parametrize("setting", ["B", "Q"])
@@ -1422,7 +1409,7 @@ def test_a_weight_that_cannot_be_quantized():
             (good / 0, {}, "infinity"), (good * np.nan, {}, "NaN")):
         for method in ("rtn", *LEARNED):
             with pytest.raises(ValueError, match=message):
-                METHODS[method](W, **{"bits": 4, **settings})
+                flexround.METHODS[method](W, **{"bits": 4, **settings})
 
 
 def test_layers_that_cannot_be_quantized_leave_the_block_unchanged():

@@ -360,7 +360,7 @@ def paired(records: list[dict]) -> str:
             wins, losses = ((a * (1 - b)).sum(1).mean() for a, b in
                             ((ours, theirs), (theirs, ours)))
             lines.append(f"| {key} | {NAMES[method]} | {difference.mean():+.1f} ± {error:.1f} | "
-                         f"{wins:.0f} | {losses:.0f} |")
+                         f"{wins:.1f} | {losses:.1f} |")
     return "\n".join(lines)
 
 

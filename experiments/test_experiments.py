@@ -36,7 +36,8 @@ def relative(ours, theirs):
 
 def test_the_readmes_tables_are_the_files():
     """A table that is not drawn from its runs is no evidence, and no study may be left out."""
-    marked = dict(re.findall(r"<!-- study: ([\w-]+) -->\n(.*?)\n\n(?!\|)", README.read_text(), re.S))
+    mark = r"<!-- study: ([\w-]+) -->\n(.*?)\n\n(?!\|)"
+    marked = dict(re.findall(mark, README.read_text(), re.S))
     assert set(marked) == {r["study"] for r in COMMITTED}
     for study, shown in marked.items():
         assert shown == studies.shown([r for r in COMMITTED if r["study"] == study]), study
@@ -113,9 +114,6 @@ def test_a_line_that_was_cut_off_is_made_again(tmp_path):
         assert studies.read_results(path) == [record]
     studies.append_result(path, record)
     assert studies.read_results(path) == [record, record]
-    path.write_text("nonsense\n")
-    with pytest.raises(ValueError, match="no file of runs"):
-        studies.read_results(path)
 
 
 def test_the_table_by_hand():
@@ -131,6 +129,21 @@ def test_the_table_by_hand():
         "| round to nearest |",
         "|---|---|---|---|---|---|",
         "| net | W2 | 90.00 | 75.00 (70.00 to 80.00; 3 s) | 60.00 (3 s) | 50.00 (3 s) |"]
+
+
+def test_the_other_tables_by_hand():
+    """Whether FlexRound is ahead, and which rate is the best, are read off these."""
+    def run(method, right, unseen):
+        return {"study": "s", "network": "net", "about": "accuracy on 4 test images", "right":
+                f"{right << 4:02x}", "losses": {"unseen": [0.0, *unseen]},
+                "config": asdict(ReconstructionConfig(method, 3, lr={"rtn": None}.get(method, 1)))}
+    runs = [run("rtn", 0b0000, [2, 8]), run("flexround", 0b1101, [1, 1]),
+            run("flexround", 0b1001, [1, 1]), run("adaround", 0b0101, [2, 2])]
+    assert studies.paired(runs[1:]).splitlines()[2:] == [            # 100, -50, 0 and 0 points
+        "| net | W3 | AdaRound | +12.5 ± 61.7 | 1.0 | 0.5 |"]
+    assert studies.unseen_losses(runs).splitlines() == [
+        "| network | bits | iterations | FlexRound, 1 | AdaRound, 1 |", "|---|---|---|---|---|",
+        "| net | W3 | 1000 | 0.25 | 0.50 |"]
 
 
 @pytest.mark.parametrize("arguments, message", [
@@ -175,9 +188,6 @@ def test_a_trained_network_is_kept_and_a_foreign_file_refused(tmp_path):
     assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(*states, strict=True))
     with pytest.raises(ValueError, match="a.pt does not hold this network"):
         train.text_network(tmp_path / "a.pt", string, 2, 16, 8, 3)
-    x = torch.arange(64.0).view(1, 1, 8, 8)
-    images, labels = train.image_batches(x, torch.tensor([3]), 2, shift=2)()
-    assert images.shape == (2, 1, 8, 8) and labels.tolist() == [3, 3] and (images != x).any()
 
 
 def test_a_study_trains_the_network_that_it_needs(tmp_path, monkeypatch):
@@ -315,6 +325,8 @@ def test_a_step_that_waits_for_the_device_is_not_recorded():
 
 # ---- Published networks --------------------------------------------------------------------------
 
+DECLARED = []
+
 def package(name):
     """torchvision or transformers, which imports torchvision. torchvision's networks are plain
     Python, but without a build for this torch its import misses two operators: we declare them."""
@@ -331,17 +343,12 @@ def package(name):
     return importlib.import_module(name)
 
 
-DECLARED = []
-
-
 def restless(net):
     """net with a batch norm that does something, as after training."""
     for m in net.eval().modules():
         if isinstance(m, nn.BatchNorm2d):
-            for t in (m.weight, m.running_var):
-                nn.init.uniform_(t, 0.5, 1.5)
-            for t in (m.bias, m.running_mean):
-                nn.init.normal_(t, std=0.1)
+            for t, low in ((m.weight, 0.5), (m.running_var, 0.5), (m.bias, -0.5)):
+                nn.init.uniform_(t, low, low + 1)
     return net
 
 
