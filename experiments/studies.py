@@ -167,8 +167,6 @@ STUDIES = {
         "mobilenet gpt", RTN | {"adaround": [0.02, 0.08, 0.3, 1.2], "adaquant": [
             6.25e-5, 2.5e-4, 1e-3, 4e-3], "flexround": [5e-4, 2e-3, 8e-3, 3.2e-2]},
         (8, 4, 3, 2), (0,), iterations=iterations, end_bits=None)],
-    "rates-8-bits": search("gpt", {"flexround": [4e-3, 1e-3, 2.5e-4], "adaquant": [4e-4, 1e-4],
-                                   "adaround": [0.3, 0.1]}, [8], iterations=250),
 }
 
 
