@@ -125,7 +125,7 @@ class BlockReport:
     abits: dict[str, int] = field(default_factory=dict)    # of each quantized layer's input
 
     def __str__(self):
-        hint = ": as at the start, smaller lr?" * (self.history != [] and self.best_iteration == 0)
+        hint = ": no gain, try a smaller rate" * (self.history != [] and self.best_iteration == 0)
         return f"loss {self.start_loss:.3g} -> {self.final_loss:.3g} in {self.seconds:.1f} s{hint}"
 
 
@@ -174,7 +174,7 @@ def reconstruct_block(block: nn.Module, x_q: Tensor, y_fp: Tensor, config: Recon
     """
     began = time.perf_counter()
     learned, device = sum(learned_parameters(block, config), []), device_of([block])
-    if parametrize._cache_enabled:                                   # it would hide what is learned
+    if learned and parametrize._cache_enabled:                       # it would hide what is learned
         raise ValueError("within parametrize.cached() nothing can be learned: leave it first")
     if config.drop > 0 and x_fp is None:
         raise ValueError(f"input_drop = {config.drop} needs x_fp, the full-precision input")
@@ -353,7 +353,7 @@ def _quantize_block(block, x_q, y_fp, x_fp, config, i, bits, abits, home, bar) -
             batches = (x.to(device_of([block])) for x in x_q.split(config.batch_size))
             flexround.quantize_inputs(block, next(batches), abits[i], config.symmetric, config.p,
                                       QDROP if config.joint else 0.0, batches)
-        if bits is not None:                                         # less what is tied elsewhere
+        if bits is not None:                                         # a tied weight stays float
             skip = set(quantizable_layers(block)) - set(bits[i])
             flexround.quantize_layers(block, config, bits[i], skip)  # round to nearest so far
         report = reconstruct_block(block, x_q, y_fp, config, x_fp if config.drop > 0 else None, i,
@@ -421,7 +421,7 @@ def plan(blocks, config: ReconstructionConfig, inputs: bool = False) -> list[dic
 
     nn.Linear and nn.Conv2d are quantized. Embeddings, a head tied to an embedding, norms and all
     else stay float. end_bits goes to the first layer of the first block and the last of the last,
-    layer_bits goes before both. With inputs=True, the bits of the layers' inputs: abits, end_bits.
+    layer_bits overrides both. With inputs=True, the bits of the layers' inputs: abits, end_bits.
     We warn of weights that stay float, and of bits that no layer has. ValueError: layer_bits names
     what is not there, a layer in two blocks, no layer, or as flexround.quantizable_layers.
     """
@@ -445,7 +445,7 @@ def plan(blocks, config: ReconstructionConfig, inputs: bool = False) -> list[dic
                        for i in (0, len(blocks) - 1))
         bits |= dict.fromkeys(first[:1] + last[-1:], config.end_bits)
         if empty := [i for i in (0, len(blocks) - 1) if not [*blocks[i].parameters()]]:
-            warnings.warn(f"end_bits: block {empty} has no weight, join it to others", stacklevel=3)
+            warnings.warn(f"end_bits skips block {empty}, no weight: join it to one", stacklevel=3)
     bits |= {} if inputs else config.layer_bits
     norm, known = nn.modules.batchnorm._BatchNorm, (nn.Embedding, nn.Linear, nn.Conv2d)
     left = [f"{name} ({type(m).__name__})" for name, m in names.items() if isinstance(m, norm)
@@ -519,9 +519,9 @@ def save_quantized(model: nn.Module, path) -> int:
         if ".parametrizations.weight." not in f".{key}" and ".input_quantizer." not in f".{key}"}}
     for name, layer in model.named_modules(remove_duplicate=False):  # every name, as in state_dict
         if q := quantizers(layer).get(""):
-            codes = q.codes(layer.parametrizations.weight.original).cpu()
+            codes = q.codes(layer.parametrizations.weight.original).cpu().clamp(q.lo, q.hi)
             if not torch.equal(q.s1.cpu() * (codes - q.zero_point.cpu()), layer.weight.cpu()):
-                raise ValueError(f"{name}: W_hat is not s1 * integers(), no integers can hold it")
+                raise ValueError(f"{name}: W_hat is not s1 * integers() within bounds (call eval?)")
             file["layers"][name] = {
                 "bits": q.bits, "symmetric": q.symmetric, "s1": q.s1.cpu(), "zero_point":
                 q.zero_point.cpu(), "shape": list(codes.shape), "codes": pack(codes - q.lo, q.bits)}
