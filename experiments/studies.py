@@ -103,7 +103,8 @@ STUDIES = {
     grid("mobilenet", {"adaround": [0.3]}, ALL, iterations=1000),
     "ablation": [run for off in ("use_s3_s4", "learn_s1") for run in grid(
         "cifar-mobilenet", {"flexround": [4e-3]}, ALL, iterations=1000, **{off: False})],
-    "lite0": grid("lite0", FOUR | {"flexround": [1.6e-2]}, (4, 3), iterations=250, samples=256),
+    "lite0": grid("lite0", FOUR | {"flexround": [1.6e-2]}, [4], iterations=250, samples=256),
+    "lite0-3-bits": grid("lite0", FOUR | {"flexround": [1.6e-2]}, [3], iterations=250, samples=256),
     "lite0-channels": grid("lite0", FOUR | {"flexround": [1.6e-2]}, [4], iterations=250,
                            samples=256, per_channel=True),
     "lite0-ablation": [run for off in ("use_s3_s4", "learn_s1") for run in grid(
@@ -127,6 +128,8 @@ STUDIES = {
                         grid("small-shakespeare", RTN, [bits], iterations=250, **GPT) +
                         grid("small-shakespeare", rates, [bits], iterations=250, step_lr=4e-4,
                              **GPT)],
+    "sst2": grid("sst2", RTN | {"adaround": [0.1], "flexround": [2e-3]}, (8, 4, 2), iterations=500,
+                 end_bits=None, **GPT),
     "rates": [run for names, iterations in (("resnet20", 1000), ("mobilenet gpt", 1000),
                                             ("mobilenet gpt", 250))
               for run in search(names, {"adaround": [0.01, 0.03, 0.1, 0.3, 1.0],
@@ -154,6 +157,8 @@ STUDIES = {
                spreads=[16], sgd=True, iterations=500),
     "rates-activations": [run for setting, rate in product("BQ", STEPS) for run in search(
         "resnet mobilenet", THREE, [3], iterations=250, abits=3, setting=setting, step_lr=rate)],
+    "rates-sst2": search("sst2", {"adaround": [0.03, 0.1, 0.3], "flexround": [5e-4, 2e-3, 8e-3]},
+                         [8, 4, 2], iterations=500, end_bits=None, **GPT),
     "rates-gpt-activations": search("small-shakespeare", {
         "adaround": [0.03, 0.1, 0.3], "flexround": [5e-4, 2e-3, 8e-3]}, [8], iterations=250,
         step_lr=4e-3, **GPT) + [run for rate in STEPS for run in search(
@@ -177,7 +182,7 @@ def load(run: Run, data=None, networks=None, samples=None) -> models.Task:
     inputs, if not as many as the run says. ValueError, OSError: what is missing."""
     name, seed, split = run.network, run.config.seed, run.split
     samples = samples or run.samples
-    if name == "cifar-mobilenet" or name in TEXTS:
+    if name in ("cifar-mobilenet", "sst2", *TEXTS):
         if data is None or networks is None:
             raise ValueError(f"{name} needs --data, and --networks, a folder where the trained "
                              "network is kept")
@@ -197,6 +202,14 @@ def load(run: Run, data=None, networks=None, samples=None) -> models.Task:
                                          width, context, steps)
         task = models.text_task(net, tokens, f"{layers} layers, width {width}; characters of "
                                 f"{path.name}", samples or 128, seed, split)
+    elif name == "sst2":
+        net, words = train.sentiment_network(Path(networks, "sst2.pt"), data)
+        x, _ = train.sst2(data, "train", words, net.context)
+        held = train.sst2(data, "test" if split == "test" else "dev", words, net.context)
+        index, _ = models.draw(len(x), samples or 1024, seed)
+        task = models.Task(net, x[index], lambda net: models.accuracy(net, *held), 32,
+                           "a classifier of 2 layers, width 64; SST-2; accuracy on "
+                           f"{len(held[1]):,} {split} sentences")
     elif name == "lite0":
         if data is None:
             raise ValueError("lite0 needs --data, a folder of ImageNet's images")
@@ -385,7 +398,7 @@ def shown(records: list[dict]) -> str:
     """What the command prints of a study."""
     if records[0]["study"] == "rates-bits":
         return unseen_losses(records)
-    pairs = records[0]["study"] in ("lite0", "lite0-channels")
+    pairs = records[0]["study"] in ("lite0", "lite0-3-bits", "lite0-channels")
     return table(records) + (f"\n\n{paired(records)}" if pairs else "")
 
 

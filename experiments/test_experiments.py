@@ -162,12 +162,11 @@ def test_a_wrong_command_says_what_is_needed(arguments, message, tmp_path, monke
 
 def test_the_command_line_and_the_readmes_flags(capsys):
     """A command in the README that does not exist is worse than none."""
-    known = {}
+    known, text = {}, README.read_text()
     for module in (studies, timing, pretrained):
         with pytest.raises(SystemExit):
             module.main(["--help"])
         known[module.__name__] = capsys.readouterr().out
-    text = README.read_text()
     for module, rest in re.findall(r"python -m (experiments\.\w+)([^`\n]*)", text):
         for flag in re.findall(r"--[\w-]+", rest):
             assert flag in known[module], (module, flag)
@@ -204,6 +203,11 @@ def test_a_study_trains_the_network_that_it_needs(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "train", lambda net, batch, steps, lr: batch() and net)
     task = studies.load(studies.STUDIES["ablation"][0], tmp_path, tmp_path)
     assert (tmp_path / "cifar-mobilenet.pt").exists() and len(task.calibration) == 1024
+    for part in ("train", "dev", "test"):
+        (tmp_path / f"{part}.tsv").write_text("good film\t1\nbad film , well\t0\n" * 600)
+    task = studies.load(studies.STUDIES["sst2"][0], tmp_path, tmp_path)
+    assert {tuple(x[:5].tolist()) for x in task.calibration} == {(5, 4, 0, 0, 0), (3, 4, 2, 6, 0)}
+    assert task.calibration.shape == (1024, 32) and task.score(task.net) in (0.0, 50.0, 100.0)
 
 
 # ---- The tools -----------------------------------------------------------------------------------
@@ -360,8 +364,8 @@ def test_our_blocks_compute_what_torchvisions_do(name, tmp_path):
     theirs = restless(getattr(package("torchvision").models, name)())
     torch.save(theirs.state_dict(), tmp_path / "theirs.pth")
     ours, x = pretrained.resnet(name, checkpoint=tmp_path / "theirs.pth"), torch.randn(2, 3, 96, 96)
-    error = relative(ours(x), theirs(x))
-    folded = relative(models.fold_batchnorm(ours, x)(x), theirs(x))
+    error, y = relative(ours(x), theirs(x)), theirs(x)
+    folded = relative(models.fold_batchnorm(ours, x)(x), y)
     print(f"{name}: relative difference {error:.1e}, with batch norm folded {folded:.1e}")
     assert error < 1e-4 and folded < 1e-4 and len(ours.blocks) == (10 if "18" in name else 18)
 
@@ -384,9 +388,8 @@ def test_resnet18_from_images_to_a_score(tmp_path, capsys):
     with pytest.warns(UserWarning, match="has 2 classes in train"):
         pretrained.main(["resnet18", "--data", str(tmp_path), "--checkpoint", str(
             tmp_path / "r.pth"), "--samples", "4", "--device", "cpu", "--method", "rtn"])
-    said = capsys.readouterr().out
-    assert "accuracy on 4 test images" in said
-    assert re.search(r"\nW4 RoundToNearest: \d+\.\d\d \(\d+ s\)\npeak memory: ", said)
+    assert re.search(r"on 4 test images\n.*\nW4 RoundToNearest: \d+\.\d\d \(\d+ s\)\npeak memory: ",
+                     capsys.readouterr().out)
 
 
 @torch.no_grad()
