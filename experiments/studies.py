@@ -104,9 +104,10 @@ STUDIES = {
     "ablation": [run for off in ("use_s3_s4", "learn_s1") for run in grid(
         "cifar-mobilenet", {"flexround": [4e-3]}, ALL, iterations=1000, **{off: False})],
     "lite0": grid("lite0", FOUR | {"flexround": [1.6e-2]}, [4], iterations=250, samples=256),
-    "lite0-3-bits": grid("lite0", FOUR | {"flexround": [1.6e-2]}, [3], iterations=250, samples=256),
-    "lite0-channels": grid("lite0", FOUR | {"flexround": [1.6e-2]}, [4], iterations=250,
-                           samples=256, per_channel=True),
+    "lite0-3-bits": grid("lite0", FOUR | {"flexround": [1.6e-2]}, [3], (0,), iterations=250,
+                          samples=256),
+    "lite0-channels": grid("lite0", RTN | {"adaquant": [1e-3], "flexround": [1.6e-2]}, [4], (0,),
+                           iterations=250, samples=256, per_channel=True),
     "lite0-ablation": [run for off in ("use_s3_s4", "learn_s1") for run in grid(
         "lite0", {"flexround": [1.6e-2]}, [4], iterations=250, samples=256, **{off: False})],
     "grids": [run for own in ({"per_channel": True}, {"symmetric": False}) for run in grid(
