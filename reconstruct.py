@@ -24,7 +24,7 @@ How we differ from the paper and from the authors' code, and why
 - All methods share the optimizer (Adam, cosine decay to 0), the iterations and the batches. Only
   the rate is each method's own. The paper gives AdaRound and AdaQuant BRECQ's settings.
 - The paper states neither the loss's reduction nor the rate's schedule. We follow the authors'
-  code, but that sums over dim 1 always, which for a GPT is the tokens: see block_loss.
+  code. But it always sums over dim 1, which for a GPT is the tokens: see block_loss.
 """
 import argparse
 import copy
@@ -371,7 +371,7 @@ def _quantize_block(block, x_q, y_fp, x_fp, config, i, bits, abits, home, bar) -
 def learned_parameters(block: nn.Module, config: ReconstructionConfig) -> tuple[list, list]:
     """What is learned now, as two lists: the factors of weights, and the steps of activations.
 
-    Setting B learns the factors. When it comes again steps are in place, and it learns only these.
+    Setting B first learns the factors. In its second pass steps are in place, and it learns these.
     Setting Q learns both together. ValueError: the block holds other quantizers than config's.
     """
     kinds = {type(q) for q in quantizers(block).values()}
@@ -537,9 +537,9 @@ def save_quantized(model: nn.Module, path) -> int:
 def load_quantized(model: nn.Module, path) -> nn.Module:
     """Put the weights of a file of save_quantized into a float network. Return it in eval mode.
 
-    The result computes what the saved model does. Its layers are plain and hold W_hat. Inputs that
-    were quantized are again. We check all before we change the first tensor. model is the saved
-    model's float architecture, batch norm folded where it was there.
+    The result computes what the saved model does. Its layers are plain and hold W_hat, and inputs
+    that were quantized are quantized again. We check all before we change the first tensor. model
+    is the saved model's float architecture, batch norm folded where it was there.
     ValueError: another kind of file, or another architecture (it names the layer).
     """
     try:

@@ -66,8 +66,7 @@ def disturbed(shape, symmetric=True, per_channel=False, cls=FlexRound):
 
 def correlated(n, *shape):
     """Inputs such as activations are: few directions carry most of the variance."""
-    g = torch.Generator().manual_seed(0)
-    d = int(np.prod(shape))
+    g, d = torch.Generator().manual_seed(0), int(np.prod(shape))
     return (torch.randn(n, 4, generator=g) @ torch.randn(4, d, generator=g) / 2).view(n, *shape)
 
 
@@ -1542,6 +1541,8 @@ def test_a_wrong_command_line_gives_one_line(monkeypatch, capsys):
         said = stopped.value.code
         assert said.startswith("reconstruct.py: ") and message in said and "\n" not in said
         assert capsys.readouterr() == ("", "")
+    done = python("reconstruct.py", "--bits", "9")
+    assert (done.returncode, done.stdout) == (1, "") and done.stderr.count("\n") == 1
 
 
 # ---- 12. README and the notebook, as committed ---------------------------------------------------
@@ -1562,7 +1563,7 @@ def test_the_main_job_as_the_readme_runs_it():
     done = python("reconstruct.py")
     assert done.returncode == 0, done.stderr
     printed = rows_of(done.stdout)
-    assert {k: list(v) for k, v in printed.items()} == {k: list(v) for k, v in expected.items()}
+    assert [(k, *v) for k, v in printed.items()] == [(k, *v) for k, v in expected.items()]
     for (name, bits), cells in expected.items():
         for column, cell in cells.items():
             off = abs(float(printed[name, bits][column]) - float(cell))

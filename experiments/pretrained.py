@@ -118,6 +118,7 @@ def lite0_images(paths: list[Path], size: int) -> Tensor:
     """Images as EfficientNet-Lite0 wants them, (N, 3, size, size): the middle 7/8 of the shorter
     side, bicubic, (pixel - 127) / 128. An image of 224 x 224 is such a middle already."""
     from PIL import Image, ImageOps
+
     def read(path):
         with Image.open(path) as image:
             border = 0 if image.size == (224, 224) else 1 / 16

@@ -89,6 +89,7 @@ RTN, THREE = {"rtn": [None]}, {"adaround": [0.3], "adaquant": [1e-3], "flexround
 FOUR, ALL, SIX = RTN | THREE, (4, 3, 2), [3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1]
 AT_4, AT_8 = {"adaround": [0.3], "flexround": [8e-3]}, {"adaround": [0.1], "flexround": [2e-3]}
 GPT = {"abits": 8, "setting": "Q", "symmetric": False}               # the paper's, for GPTs
+LITE0, LITE0_RATE = {"iterations": 250, "samples": 256}, {"flexround": [1.6e-2]}
 STEPS = (4e-4, 4e-3, 4e-2)                                           # rates of activations' steps
 
 STUDIES = {
@@ -103,13 +104,12 @@ STUDIES = {
     grid("mobilenet", {"adaround": [0.3]}, ALL, iterations=1000),
     "ablation": [run for off in ("use_s3_s4", "learn_s1") for run in grid(
         "cifar-mobilenet", {"flexround": [4e-3]}, ALL, iterations=1000, **{off: False})],
-    "lite0": grid("lite0", FOUR | {"flexround": [1.6e-2]}, [4], iterations=250, samples=256),
-    "lite0-3-bits": grid("lite0", FOUR | {"flexround": [1.6e-2]}, [3], (0,), iterations=250,
-                          samples=256),
-    "lite0-channels": grid("lite0", RTN | {"adaquant": [1e-3], "flexround": [1.6e-2]}, [4], (0,),
-                           iterations=250, samples=256, per_channel=True),
+    "lite0": grid("lite0", FOUR | LITE0_RATE, [4], **LITE0),
+    "lite0-3-bits": grid("lite0", FOUR | LITE0_RATE, [3], (0,), **LITE0),
+    "lite0-channels": grid("lite0", RTN | {"adaquant": [1e-3]} | LITE0_RATE, [4], (0,),
+                           per_channel=True, **LITE0),
     "lite0-ablation": [run for off in ("use_s3_s4", "learn_s1") for run in grid(
-        "lite0", {"flexround": [1.6e-2]}, [4], iterations=250, samples=256, **{off: False})],
+        "lite0", LITE0_RATE, [4], **LITE0, **{off: False})],
     "grids": [run for own in ({"per_channel": True}, {"symmetric": False}) for run in grid(
         "resnet20", FOUR | {"adaquant": [2.5e-4]}, [3], [0], iterations=1000, **own)],
     "unequal": [run for rates, own in (
@@ -166,8 +166,7 @@ STUDIES = {
             "small-shakespeare", AT_4, [4], iterations=250, step_lr=rate, **GPT)],
     "rates-lite0": search("lite0", {"adaround": [0.1, 0.2, 0.3, 0.5, 1.0],
                                     "adaquant": [2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3],
-                                    "flexround": [4e-3, 8e-3, 1.6e-2, 3.2e-2]}, [4],
-                          iterations=250, samples=256),
+                                    "flexround": [4e-3, 8e-3, 1.6e-2, 3.2e-2]}, [4], **LITE0),
     # Chosen by the loss on unseen inputs (relative_losses), never by the score.
     "rates-bits": [run for iterations in (250, 1000) for run in grid(
         "mobilenet gpt", RTN | {"adaround": [0.02, 0.08, 0.3, 1.2], "adaquant": [

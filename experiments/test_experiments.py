@@ -15,17 +15,12 @@ import models
 from experiments import pretrained, studies, timing, tools, train
 from flexround import AdaQuant, FlexRound, RoundToNearest, fold, quantize_layers, quantizers
 from reconstruct import ReconstructionConfig, make_iteration, reconstruct_block
+from test_flexround import correlated
 
 HERE = Path(__file__).parent
 README = HERE / "README.md"
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 COMMITTED = [r for path in studies.COMMITTED for r in studies.read_results(path)]
-
-
-def correlated(n, *shape, seed=0):
-    """Inputs such as activations are: few directions carry most of the variance."""
-    g, size = torch.Generator().manual_seed(seed), int(np.prod(shape))
-    return (torch.randn(n, 4, generator=g) @ torch.randn(4, size, generator=g) / 2).view(n, *shape)
 
 
 def relative(ours, theirs):
@@ -117,6 +112,9 @@ def test_a_line_that_was_cut_off_is_made_again(tmp_path):
         assert studies.read_results(path) == [record]
     studies.append_result(path, record)
     assert studies.read_results(path) == [record, record]
+    path.write_text("nonsense\n")
+    with pytest.raises(ValueError, match="no file of runs"):
+        studies.read_results(path)
 
 
 def test_the_table_by_hand():
@@ -154,6 +152,7 @@ def test_the_other_tables_by_hand():
     (f"main --out {HERE / 'results.jsonl'}", "these runs stay as they are"),
     ("rates --table", "no runs of rates lie here"),
     ("resnet20 --out x.jsonl", "resnet20 needs the folder"),
+    ("mobilenet --out x.jsonl", "cifar-mobilenet needs --data, and --networks"),
     ("main --out nowhere/x.jsonl", "No such file or directory: 'nowhere/x.jsonl'")])
 def test_a_wrong_command_says_what_is_needed(arguments, message, tmp_path, monkeypatch):
     """Whoever mistypes a command should learn what to type, before any work."""
@@ -197,6 +196,7 @@ def test_a_study_trains_the_network_that_it_needs(tmp_path, monkeypatch):
     monkeypatch.setitem(studies.TEXTS, "small-shakespeare", (1, 16, 8, 2))
     run = studies.grid("small-shakespeare", {"rtn": [None]}, [3], [0])[0]
     task = studies.load(run, tmp_path, tmp_path)
+    assert (tmp_path / "small-shakespeare.pt").exists()
     assert task.about.startswith("1 layers, width 16; characters of tinyshakespeare.txt; perplex")
     assert task.calibration.shape == (128, 8) and run.config.batch_size == task.batch_size == 8
     images = torch.randn(1100, 3, 8, 8), torch.zeros(1100, dtype=torch.long)
@@ -350,10 +350,9 @@ def package(name):
 
 def restless(net):
     """net with a batch norm that does something, as after training."""
-    for m in net.eval().modules():
-        if isinstance(m, nn.BatchNorm2d):
-            for t, low in ((m.weight, 0.5), (m.running_var, 0.5), (m.bias, -0.5)):
-                nn.init.uniform_(t, low, low + 1)
+    for m in (m for m in net.eval().modules() if isinstance(m, nn.BatchNorm2d)):
+        for t, low in ((m.weight, 0.5), (m.running_var, 0.5), (m.bias, -0.5)):
+            nn.init.uniform_(t, low, low + 1)
     return net
 
 
