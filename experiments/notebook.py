@@ -1,28 +1,22 @@
-"""What demo.ipynb needs and what is not its story: the look of a chart, many runs side by side,
-tables, the committed runs of results.jsonl, and what a quantized network holds."""
+"""What demo.ipynb needs and what is not its story: the look of a chart, the committed runs of
+results.jsonl and the charts and tables drawn from them, and what a quantized network holds."""
 import io
-import multiprocessing
-import os
 import statistics
-import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import numpy as np
 import torch
-from IPython.display import Image, Markdown, display
+from IPython.display import Image
+from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
+from scipy.stats import spearmanr  # scikit-learn brings scipy
 from torch import nn
 
 import flexround
-import models
-import reconstruct
-from experiments import tools
-from experiments.studies import read_results
+from experiments.studies import COMMITTED, left, read_results, settings_of
 
-RESULTS = Path(__file__).with_name("results.jsonl")
-
-# One name, one colour and one marker for each method, throughout.
+# One name, one colour and one marker for each method, throughout. All else is black or grey.
 METHODS = ["rtn", "adaround", "adaquant", "flexround"]
 NAME = {"rtn": "round to nearest", "adaround": "AdaRound", "adaquant": "AdaQuant",
         "flexround": "FlexRound", "adaquant-steps": "AdaQuant, $V$ in steps"}
@@ -31,65 +25,21 @@ MARKER = {"rtn": "s", "adaround": "^", "adaquant": "D", "flexround": "o"}
 
 
 def style() -> None:
-    """The look of all charts: 110 dpi, no frame, a light grid."""
+    """The look of all charts: 110 dpi, no frame, a light grid, white also on a dark page."""
     plt.rcParams.update({
-        "figure.dpi": 110, "savefig.dpi": 110, "font.size": 11, "axes.titlesize": 12,
-        "figure.constrained_layout.use": True, "axes.spines.top": False,
-        "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3, "legend.frameon": False})
+        "figure.dpi": 110, "savefig.dpi": 110, "font.size": 13, "axes.titlesize": 14,
+        "figure.facecolor": "white", "figure.constrained_layout.use": True, "axes.grid": True,
+        "axes.spines.top": False, "axes.spines.right": False, "grid.alpha": 0.3,
+        "legend.frameon": False, "legend.fontsize": 12})
 
 
-# ---- Runs ----------------------------------------------------------------------------------------
+# ---- The committed runs --------------------------------------------------------------------------
 
-def one_run(job) -> dict:
-    """Quantize and score one network, in a process of its own: a record like those of
-    results.jsonl, with the losses of each block."""
-    name, config, full, options = job
-    task = models.load_task(name, **options)
-    net = task.net.to(config.device)
-    if len(task.calibration) < config.batch_size:                    # Fig. 7 has few inputs
-        config = replace(config, batch_size=len(task.calibration))
-    reports = reconstruct.quantize_model(net.blocks, task.calibration, config, show=False)
-    return {"network": name, "about": task.about, "samples": len(task.calibration),
-            "config": asdict(config), "full": full, "score": task.score(net),
-            "losses": [(r.start_loss, r.final_loss) for r in reports]}
-
-
-def side_by_side(jobs: list, full: dict, data=None) -> list[dict]:
-    """A record for each job, in the order of the jobs. A job is a network's name, a config, and
-    maybe a number of calibration inputs.
-
-    On a CPU the runs go side by side, in processes of one thread each. A line says how long it
-    still takes. full: the score of each network in full precision. data: as in models.load_task.
-    """
-    jobs = [(name, config, full[name], {"data": data, "seed": config.seed,
-                                        "samples": samples[0] if samples else None})
-            for name, config, *samples in jobs]
-    on_cpu = all(config.device == "cpu" for _, config, *_ in jobs)
-    workers = min(len(jobs), os.cpu_count() or 1, 8) if on_cpu else 1
-    records, began = [], time.perf_counter()
-    line = display(Markdown(f"{len(jobs)} runs, {workers} at a time"), display_id=True)
-    with multiprocessing.get_context("spawn").Pool(workers, torch.set_num_threads, (1,)) as pool:
-        for record in pool.imap(one_run, jobs):
-            records.append(record)
-            left = (time.perf_counter() - began) * (len(jobs) / len(records) - 1)
-            line.update(Markdown(f"{len(records)} of {len(jobs)} runs, about {left:.0f} s left"))
-        pool.close()                                                 # as in reconstruct.main
-        pool.join()
-    line.update(Markdown(f"{len(jobs)} runs, {workers} at a time, "
-                         f"{time.perf_counter() - began:.0f} s"))
-    return records
-
-
-def committed(study: str, **settings) -> list[dict]:
-    """The records of one study in results.jsonl. settings: what their config has to hold."""
-    return [r for r in read_results(RESULTS) if r["study"] == study
-            and all(r["config"][key] == value for key, value in settings.items())]
-
-
-# ---- Tables --------------------------------------------------------------------------------------
-
-def method_name(config: dict) -> str:
-    return NAME[config["method"]]
+def committed(*studies: str, **settings) -> list[dict]:
+    """The records of some studies (none named: of all). settings: what their config has to hold."""
+    return [r for path in COMMITTED for r in read_results(path)
+            if (r["study"] in studies or not studies)
+            and all(settings_of(r)[key] == value for key, value in settings.items())]
 
 
 def spread(scores) -> tuple[float, float, float]:
@@ -97,13 +47,19 @@ def spread(scores) -> tuple[float, float, float]:
     return statistics.median(scores), min(scores), max(scores)
 
 
-def table(records: list[dict], column: Callable = method_name) -> str:
+def scores(records: list[dict], **settings) -> list[float]:
+    """The scores of the records whose config holds these settings, in the order of the seeds."""
+    some = [r for r in records if all(settings_of(r)[k] == v for k, v in settings.items())]
+    return [r["score"] for r in sorted(some, key=lambda r: settings_of(r)["seed"])]
+
+
+def table(records: list[dict], column: Callable = lambda c: NAME[c["method"]]) -> str:
     """Records as a Markdown table. A row for each network and number of bits, and a column for each
     column(config). A cell is the median of the seeds, in brackets minimum to maximum."""
-    columns, rows = list(dict.fromkeys(column(r["config"]) for r in records)), {}
+    columns, rows = list(dict.fromkeys(column(settings_of(r)) for r in records)), {}
     for r in records:
         row = rows.setdefault((r["network"], r["config"]["bits"], round(r["full"], 2)), {})
-        row.setdefault(column(r["config"]), []).append(r["score"])
+        row.setdefault(column(settings_of(r)), []).append(r["score"])
     lines = [["network", "bits", "full precision", *columns], ["---"] * (3 + len(columns))]
     for (network, bits, full), cells in rows.items():
         line = [network, f"W{bits}", f"{full:.2f}"]
@@ -114,22 +70,52 @@ def table(records: list[dict], column: Callable = method_name) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def leads(studies: dict[str, list[dict]]) -> str:
-    """By how much FlexRound's median is better than AdaRound's and AdaQuant's, as a Markdown table.
-    Bold: all seeds of one are better than all seeds of the other."""
-    lines = ["| network | bits | ahead of AdaRound | ahead of AdaQuant |", "|---|---|---|---|"]
-    for title, records in studies.items():
-        better, digits = (1, 2) if "accuracy" in records[0]["about"] else (-1, 3)    # perplexity
+# The networks of the picture, each with a letter: its studies, and its name there.
+GAINS = {"a": ("digits ResNet, as it is", ["unequal"], "resnet"),
+         **{letter: (f"the same, channels x {n}", ["unequal"], f"resnet, channels x {n}")
+            for letter, n in zip("bcde", (2, 4, 8, 16), strict=True)},
+         "f": ("digits MobileNet", ["first"], "mobilenet"), "g": ("small GPT", ["first"], "gpt"),
+         "h": ("ResNet-20, CIFAR-10", ["resnet20"], "resnet20"),
+         "i": ("MobileNet, CIFAR-10", ["mobilenet-long"], "mobilenet"),
+         "j": ("small LLaMA", ["llama"], "llama"),
+         "k": ("EfficientNet-Lite0", ["lite0", "lite0-3-bits", "lite0-2-bits"], "lite0")}
+
+
+def unequal(record: dict, records: list[dict]) -> float:
+    """How unequal the channels of a record's network are: of each layer the largest output channel
+    over the median one (by the largest |W|), a geometric mean over the layers. One of the records
+    of this network has to hold it."""
+    for r in records:
+        same = all(r[key] == record[key] for key in ("network", "about"))
+        if "inequality" in r and same and abs(r["full"] - record["full"]) < 0.02:
+            return float(np.exp(np.log(r["inequality"]).mean()))
+    raise ValueError(f"no record of {record['network']} holds its inequality")
+
+
+def gains(everything: list[dict]) -> list[tuple]:
+    """Letter, bits, inequality, and FlexRound's gain over the better addition (of the medians, and
+    the least and the largest of the seeds), in points of accuracy, or for text in hundredths of a
+    nat. everything: all committed records."""
+    found = []
+    for letter, (_, studies, network) in GAINS.items():
+        records = [r for r in everything if r["study"] in studies and r["network"] == network]
         for bits in sorted({r["config"]["bits"] for r in records}, reverse=True):
-            scores = {m: [better * r["score"] for r in records if r["config"]["bits"] == bits
-                          and r["config"]["method"] == m] for m in METHODS}
-            ours, line = spread(scores["flexround"]), [title, f"W{bits}"]
-            for method in ("adaround", "adaquant"):
-                other = spread(scores[method])
-                bold = "**" if ours[1] > other[2] or other[1] > ours[2] else ""
-                line.append(f"{bold}{ours[0] - other[0]:+.{digits}f}{bold}")
-            lines.append(f"| {' | '.join(line)} |")
-    return "\n".join(lines)
+            own = {"bits": bits, "use_s3_s4": True, "learn_s1": True,
+                   "iterations": records[0]["config"]["iterations"]}
+            ours, *others = (np.array(scores(records, method=m, **own))
+                             for m in ("flexround", "adaround", "adaquant"))
+            if "perplexity" in records[0]["about"]:
+                ours, *others = (-100 * np.log(score) for score in (ours, *others))
+            better = max(others, key=np.median)
+            found.append((letter, bits, unequal(records[0], everything),
+                          float(np.median(ours) - np.median(better)),
+                          float(min(ours - better)), float(max(ours - better))))
+    return found
+
+
+def explained(points: list[tuple]) -> float:
+    """How well inequality explains the gains: their correlation by rank, from -1 to 1."""
+    return float(spearmanr([p[2] for p in points], [p[3] for p in points]).statistic)
 
 
 # ---- Charts --------------------------------------------------------------------------------------
@@ -141,6 +127,127 @@ def with_bars(ax, x, seeds: list, method: str, **more) -> None:
             [b - m for m, b in zip(middle, high, strict=True)]]
     ax.errorbar(x, middle, bars, **{"fmt": MARKER[method], "color": COLOUR[method], "ms": 7,
                                     "capsize": 4, "label": NAME[method], "zorder": 3, **more})
+
+
+def when(bits: int = 2):
+    """Left: channels made unequal on purpose, and what each method has left. Right: FlexRound's
+    gain over the better addition, for each network at hand, against its own inequality."""
+    spreads = (1, 2, 4, 8, 16)
+    records = committed("unequal", bits=bits, use_s3_s4=True, learn_s1=True)
+    fig, (one, two) = plt.subplots(1, 2, figsize=(13, 5.4))
+    for method in METHODS:
+        rows = [scores([r for r in records if r["network"] == "resnet" + f", channels x {n}" *
+                        (n > 1)], method=method) for n in spreads]
+        with_bars(one, spreads, rows, method, ls="-")
+    one.axhline(records[0]["full"], color="k", lw=1, ls="--", label="full precision")
+    one.set_xscale("log", base=2)
+    one.set(xticks=spreads, xticklabels=spreads, ylabel="test accuracy, %", title=(
+        f"A small ResNet, {bits} bits: the same outputs,\nchannels made unequal"),
+        xlabel="channels up to this many times larger or smaller")
+    one.legend(loc="lower left")
+
+    for letter, width, x, gain, low, high in gains(committed()):
+        x *= 1.025 ** (width - 3)                                    # so that the bars part
+        two.errorbar(x, gain, [[gain - low], [high - gain]], fmt="k.", ms=5, lw=1, elinewidth=0.7)
+        two.annotate(f"{letter}$_{width}$", (x, gain), (3, 2), textcoords="offset points")
+    two.axhline(0, color="k", lw=1)
+    two.set_xscale("log")
+    two.set_yscale("symlog", linthresh=1, linscale=0.6)
+    x, y = (1.5, 2, 3, 4), (-3, -1, 0, 1, 3, 10, 30)
+    two.set(xticks=x, xticklabels=x, yticks=y, yticklabels=y, ylabel="FlexRound ahead by, points",
+            xlabel="largest over median channel", title="Each network: FlexRound's lead\n"
+            "over the better of AdaRound and AdaQuant")
+    two.minorticks_off()
+    two.text(1.02, 0.5, "\n".join(f"{letter}  {name}" for letter, (name, *_) in GAINS.items()) +
+             "\n(index: bits)", transform=two.transAxes, va="center", fontsize=11)
+    return fig
+
+
+def few():
+    """Paper's Fig. 7: score against the number of calibration inputs. Below, the loss on inputs
+    that were not calibrated on, as a share of round to nearest's."""
+    records, counts = committed("samples"), (8, 16, 32, 64, 128, 256, 512)
+    fig, axes = plt.subplots(2, 2, figsize=(13, 7.6), sharex=True)
+    for column, (network, title) in zip(axes.T, (("resnet", "digits ResNet"),
+                                                 ("gpt", "small GPT")), strict=True):
+        some = [r for r in records if r["network"] == network]
+        for j, method in enumerate(METHODS[1:]):
+            x = [n * 1.06 ** (j - 1) for n in counts]
+            rows = [[r for r in some if r["samples"] == n and r["config"]["method"] == method]
+                    for n in counts]
+            with_bars(column[0], x, [scores(row) for row in rows], method, ls="-")
+            losses = [[left(r, n, "unseen") for r, n in zip(row, nearest, strict=True)]
+                      for row, nearest in zip(rows, (
+                          [r for r in some if r["samples"] == n and r["config"]["method"] == "rtn"]
+                          for n in counts), strict=True)]
+            with_bars(column[1], x, losses, method, ls="-")
+        column[0].axhline(some[0]["full"], color="k", lw=1, ls="--", label="full precision")
+        column[0].set(title=f"{title}, 2 bits", ylabel="test accuracy, %" if network == "resnet"
+                      else "perplexity (lower is better)")
+        column[1].axhline(1, color=COLOUR["rtn"], lw=1, label="round to nearest")
+        column[1].set(xscale="log", xticks=counts, xticklabels=counts, xlabel="calibration inputs",
+                      ylabel="loss on unseen inputs")
+        column[1].minorticks_off()
+    axes[0, 0].legend(loc="lower right")
+    return fig
+
+
+def loop():
+    """The reconstruction of one block, drawn: which inputs, which target, what learns when."""
+    fig, ax = plt.subplots(figsize=(12, 5))
+    ax.set(xlim=(0, 12), ylim=(0, 5))
+    ax.axis("off")
+    blue = COLOUR["flexround"]
+
+    def box(x, y, text, face, edge="k"):
+        ax.add_patch(FancyBboxPatch((x, y), 2, 1, boxstyle="round,pad=0.05", fc=face, ec=edge,
+                                    lw=2))
+        ax.text(x + 1, y + 0.5, text, ha="center", va="center")
+
+    def arrow(x, y, to_x, to_y, text="", colour="k", **more):
+        ax.add_patch(FancyArrowPatch((x, y), (to_x, to_y), arrowstyle="-|>", mutation_scale=18,
+                                     lw=2, color=colour, **more))
+        ax.text((x + to_x) / 2, (y + to_y) / 2 + 0.15, text, ha="center", va="bottom", fontsize=16)
+
+    for y, before, own in ((3.7, "blocks before $i$,\nin floats", "block $i$,\nin floats"),
+                           (1.1, "blocks before $i$,\nquantized, fixed", "block $i$\nlearns")):
+        quantized = y < 2
+        box(1.7, y, before, "0.93")
+        box(5.3, y, own, "#DCEBF7" if quantized else "0.93", blue if quantized else "k")
+        arrow(1.1, 2.9 if y > 2 else 2.7, 1.6, y + 0.5)
+        arrow(3.8, y + 0.5, 5.2, y + 0.5, r"$\widetilde X$" if quantized else "$X$")
+        arrow(7.4, y + 0.5, 9.6, 2.5 if quantized else 3.3)
+    ax.text(8.4, 4, "$y_{fp} = WX$", fontsize=16)
+    ax.text(7.5, 2.3, r"$\widehat W\widetilde X$", fontsize=16)
+    ax.text(0.6, 2.8, "calibration\ninputs", ha="center", va="center")
+    ax.text(10.6, 2.9, "loss\n$\\|\\widehat W\\widetilde X - y_{fp}\\|^2$", ha="center",
+            fontsize=16, va="center", bbox={"boxstyle": "round", "fc": "white", "ec": "k", "lw": 2})
+    arrow(10.6, 2.2, 6.3, 1, colour=blue, connectionstyle="arc3,rad=-0.4")
+    ax.text(8.6, 0.1, "gradient: to $s_1$, $S_2$, $s_3$, $s_4$ of block $i$ only", color=blue,
+            ha="center")
+    return fig
+
+
+def heat(W, quantizers: dict):
+    """One layer as heat maps: its weights, and for each of two quantizers the codes and the errors.
+    Maps of the same kind share one colour scale, with a bar. Rows are output channels."""
+    fig, axes = plt.subplot_mosaic([["W", "k0", "e0"], ["W", "k1", "e1"]], figsize=(13, 6))
+    with torch.no_grad():
+        maps = {"W": W}
+        for i, q in enumerate(quantizers.values()):
+            maps |= {f"k{i}": q.codes(W), f"e{i}": (W - q(W)).abs()}
+    titles = {"W": "weights $W$", **{kind + str(i): f"{name}: {what}" for i, name in enumerate(
+        quantizers) for kind, what in (("k", "codes"), ("e", r"error $|W - \widehat W|$"))}}
+    for kind, cmap in (("W", "RdBu"), ("k", "RdBu"), ("e", "Greys")):
+        some = [name for name in maps if name[0] == kind]
+        most = max(float(maps[name].abs().max()) for name in some)
+        for name in some:
+            drawn = axes[name].imshow(maps[name].flatten(1), cmap=cmap, aspect="auto", vmax=most,
+                                      vmin=0 if kind == "e" else -most)
+            axes[name].set(title=titles[name], xticks=[], yticks=[])
+            axes[name].grid(False)
+        plt.colorbar(drawn, ax=[axes[name] for name in some])
+    return fig
 
 
 def chart(studies: dict[str, list[dict]]):
@@ -201,14 +308,3 @@ def parts(net: nn.Module, bits: int):
             yield name, q, W, sum((log.detach() for log in logs if log is not None),
                                   torch.zeros_like(W))
 
-
-def shifts(net: nn.Module, bits: int, learned_s1: bool = True) -> dict:
-    """W and tools.grid_shift of each layer of so many bits, by its name."""
-    return {name: (W.cpu(), tools.grid_shift(q, W, learned_s1=learned_s1).cpu())
-            for name, q, W, _ in parts(net, bits)}
-
-
-def share(shifts: dict, steps: int) -> float:
-    """Per cent of all weights that moved by at least so many grid steps."""
-    moved = torch.cat([shift.flatten().abs() for _, shift in shifts.values()])
-    return 100 * float((moved >= steps).float().mean())

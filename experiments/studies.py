@@ -20,7 +20,7 @@ import time
 import warnings
 from contextlib import nullcontext
 from dataclasses import asdict, replace
-from itertools import product
+from itertools import combinations, product
 from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
@@ -42,8 +42,9 @@ HERE = Path(__file__).parent
 COMMITTED = [HERE / "results.jsonl", HERE / "first.jsonl"]           # no run is added to these
 NAMES = {"rtn": "round to nearest", "adaround": "AdaRound", "adaquant": "AdaQuant",
          "adaquant-steps": "AdaQuant, V_in_steps True", "flexround": "FlexRound"}
-# Character GPTs on tinyshakespeare: layers, width, context, steps of training.
-TEXTS = {"shakespeare": (4, 128, 128, 2500), "small-shakespeare": (3, 64, 64, 1000)}
+# Networks of tinyshakespeare's characters: layers, width, context, steps of training, kind, heads.
+TEXTS = {"shakespeare": (4, 128, 128, 2500), "small-shakespeare": (3, 64, 64, 1000),
+         "llama": (5, 64, 64, 2000, train.llama, 8)}
 # The table's name of a network that is not the one of models.load_task.
 ROWS = {"cifar-mobilenet": "mobilenet", "small-shakespeare": "gpt"}
 
@@ -73,9 +74,9 @@ class Run(NamedTuple):
 def grid(networks: str, rates: dict, bits=(3, 2), seeds=(0, 1, 2), spreads=(1,), split="test",
          sgd=False, samples=None, **settings) -> list[Run]:
     """A run for each combination. rates: for each method a list of first rates."""
-    return [Run(network, ReconstructionConfig(method, b, seed=seed, lr=lr, batch_size=(
-                8 if network in ("gpt", *TEXTS) else 32), **settings), spread, split, sgd,
-                samples)
+    return [Run(network, ReconstructionConfig(method, b, seed=seed, lr=lr, batch_size=min(
+                8 if network in ("gpt", *TEXTS) else 32, samples or 32), **settings), spread,
+                split, sgd, samples)
             for network, spread, b in product(networks.split(), spreads, bits)
             for method, some in rates.items() for lr, seed in product(some, seeds)]
 
@@ -105,9 +106,17 @@ STUDIES = {
     "ablation": [run for off in ("use_s3_s4", "learn_s1") for run in grid(
         "cifar-mobilenet", {"flexround": [4e-3]}, ALL, iterations=1000, **{off: False})],
     "lite0": grid("lite0", FOUR | LITE0_RATE, [4], **LITE0),
-    "lite0-3-bits": grid("lite0", FOUR | LITE0_RATE, [3], (0,), **LITE0),
+    "lite0-3-bits": grid("lite0", FOUR | LITE0_RATE, [3], **LITE0),
+    "lite0-2-bits": grid("lite0", FOUR | LITE0_RATE, [2], (0,), **LITE0),
+    "lite0-long": grid("lite0", {"adaround": [0.3]}, [4], (0,), **LITE0 | {"iterations": 1000}),
     "lite0-channels": grid("lite0", RTN | {"adaquant": [1e-3]} | LITE0_RATE, [4], (0,),
                            per_channel=True, **LITE0),
+    "mobilenet-long": [run for rates, iterations in (
+        ({"adaround": [0.3], "adaquant": [4e-3], "flexround": [4e-3]}, 1000),
+        ({"adaround": [0.3]}, 4000))
+        for run in grid("cifar-mobilenet", rates, ALL, iterations=iterations)],
+    "resnet20-ablation": [run for off in ("use_s3_s4", "learn_s1") for run in grid(
+        "resnet20", {"flexround": [8e-3]}, ALL, iterations=1000, **{off: False})],
     "lite0-ablation": [run for off in ("use_s3_s4", "learn_s1") for run in grid(
         "lite0", LITE0_RATE, [4], **LITE0, **{off: False})],
     "grids": [run for own in ({"per_channel": True}, {"symmetric": False}) for run in grid(
@@ -116,7 +125,7 @@ STUDIES = {
         (FOUR | {"adaquant": [1.6e-2], "adaquant-steps": [1.6e-2], "flexround": [3.2e-2]}, {}),
         ({"flexround": [3.2e-2]}, {"use_s3_s4": False}),
         ({"flexround": [3.2e-2]}, {"learn_s1": False}))
-        for run in grid("resnet", rates, spreads=(1, 4, 16), iterations=500, **own)],
+        for run in grid("resnet", rates, spreads=(1, 2, 4, 8, 16), iterations=500, **own)],
     "sgd": grid("resnet", {"adaquant": [3e-3], "flexround": [3e-2]}, spreads=(1, 16), sgd=True,
                 iterations=500),
     "activations": [run for bits, setting in product((4, 3), "BQ") for run in grid(
@@ -129,6 +138,11 @@ STUDIES = {
                         grid("small-shakespeare", RTN, [bits], iterations=250, **GPT) +
                         grid("small-shakespeare", rates, [bits], iterations=250, step_lr=4e-4,
                              **GPT)],
+    "llama": grid("llama", FOUR | {"adaquant": [2.5e-4], "flexround": [4e-3]}, ALL,
+                  iterations=500),
+    "samples": [run for network, samples in product(
+        ("resnet", "mobilenet", "gpt"), (8, 16, 32, 64, 128, 256, 512)) for run in grid(
+            network, FOUR, [2], iterations=250, samples=samples)],
     "sst2": grid("sst2", RTN | {"adaround": [0.1], "flexround": [2e-3]}, (8, 4, 2), iterations=500,
                  end_bits=None, **GPT),
     "rates": [run for names, iterations in (("resnet20", 1000), ("mobilenet gpt", 1000),
@@ -145,6 +159,9 @@ STUDIES = {
     "rates-shakespeare": search("shakespeare", {
         "adaround": [0.1, 0.3], "adaquant": [2.5e-4, 1e-3, 4e-3],
         "flexround": [4e-3, 8e-3, 1.6e-2]}, iterations=500),
+    "rates-llama": search("llama", {
+        "adaround": [0.1, 0.3, 1.0], "adaquant": [6.25e-5, 1.25e-4, 2.5e-4, 1e-3, 4e-3],
+        "flexround": [1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2]}, iterations=500),
     "rates-unequal": search("resnet", {
         "adaquant": [1e-3, 4e-3], "adaquant-steps": [1e-2, 4e-2], "flexround": [8e-3, 3.2e-2]},
         iterations=500) + search("resnet", {
@@ -196,10 +213,10 @@ def load(run: Run, data=None, networks=None, samples=None) -> models.Task:
         task = models.image_task(net, x, y, models.cifar10(data, train=False), "CIFAR-10",
                                  samples or 1024, seed, split)
     elif name in TEXTS:
-        layers, width, context, steps = TEXTS[name]
+        layers, width = TEXTS[name][:2]
         path = Path(data) if Path(data).is_file() else Path(data, "tinyshakespeare.txt")
-        net, tokens = train.text_network(Path(networks, f"{name}.pt"), models.text(path), layers,
-                                         width, context, steps)
+        net, tokens = train.text_network(Path(networks, f"{name}.pt"), models.text(path),
+                                         *TEXTS[name])
         task = models.text_task(net, tokens, f"{layers} layers, width {width}; characters of "
                                 f"{path.name}", samples or 128, seed, split)
     elif name == "sst2":
@@ -210,10 +227,11 @@ def load(run: Run, data=None, networks=None, samples=None) -> models.Task:
         task = models.Task(net, x[index], lambda net: models.accuracy(net, *held), 32,
                            "a classifier of 2 layers, width 64; SST-2; accuracy on "
                            f"{len(held[1]):,} {split} sentences")
-    elif name == "lite0":
+    elif name in ("lite0", "lite0-224"):
         if data is None:
             raise ValueError("lite0 needs --data, a folder of ImageNet's images")
-        task = pretrained.lite0_task(data, 160, samples, seed, split)
+        size = 160 if name == "lite0" else 224
+        task = pretrained.lite0_task(data, size, samples, seed, split)
     else:
         task = models.load_task(name, data, networks or models.NETWORKS, seed, split, samples)
     tools.rescale(task.net, run.spread)
@@ -229,7 +247,7 @@ def one_run(job) -> tuple[int, dict | None]:
     # others are unseen: we compare the losses on both. With "train" they would be scored.
     task = load(run, **options, samples=2 * count if run.split == "test" else None)
     calibration, unseen = task.calibration[:count], task.calibration[count:]
-    before = copy.deepcopy(task.net)
+    before, unequal = copy.deepcopy(task.net), tools.inequality(task.net)
     began = time.perf_counter()
     try:
         with tools.plain_sgd() if run.sgd else nullcontext():
@@ -259,7 +277,8 @@ def one_run(job) -> tuple[int, dict | None]:
         "kept_last": sum(r.best_iteration == run.config.iterations for r in reports) / len(reports),
         "block_seconds": [round(r.seconds, 2) for r in reports],
         "moved": [float((moved >= steps).float().mean()) for steps in (1, 2)],
-        "s1_ratio": [min(ratios), max(ratios)], "machine": f"{machine}, torch {torch.__version__}",
+        "s1_ratio": [min(ratios), max(ratios)], "inequality": unequal,
+        "machine": f"{machine}, torch {torch.__version__}",
         **({} if right is None else {"right": np.packbits(right).tobytes().hex()})}
 
 
@@ -375,31 +394,88 @@ def paired(records: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def left(record: dict, nearest: dict, kind: str) -> float:
+    """How much of round to nearest's loss a run leaves, on inputs of a kind ("calibration" or
+    "unseen"): the geometric mean over the blocks. Smaller is better, 1 is no gain."""
+    ours, theirs = (np.array(r["losses"][kind]) for r in (record, nearest))
+    known = theirs > 0                                               # embeddings have none
+    return float(np.exp(np.log(ours[known] / theirs[known]).mean()))
+
+
 def unseen_losses(records: list[dict]) -> str:
-    """How much of round to nearest's loss a rate leaves on inputs that were not calibrated on: the
-    geometric mean over the blocks, as a Markdown table. Smaller is better, 1.00 is no gain."""
-    losses = {}
+    """What each rate leaves of the loss on inputs that were not calibrated on, as a Markdown
+    table."""
+    rows = {}
     for record in records:
         own = settings_of(record)
         row = f"{record['network']} | W{own['bits']} | {own['iterations']}"
-        losses.setdefault(row, {})[own["method"], own["lr"]] = np.array(record["losses"]["unseen"])
-    columns = [c for c in next(iter(losses.values())) if c[0] != "rtn"]
+        rows.setdefault(row, {})[own["method"], own["lr"]] = record
+    columns = [c for c in next(iter(rows.values())) if c[0] != "rtn"]
     lines = ["| network | bits | iterations |" + "".join(f" {NAMES[m]}, {lr:g} |"
                                                          for m, lr in columns),
              "|---" * (3 + len(columns)) + "|"]
-    for row, own in losses.items():
-        known = own["rtn", None] > 0                                 # embeddings have none
-        ratios = [np.exp(np.log(own[c][known] / own["rtn", None][known]).mean()) for c in columns]
+    for row, own in rows.items():
+        ratios = [left(own[c], own["rtn", None], "unseen") for c in columns]
         lines.append(f"| {row} |" + "".join(f" {ratio:.2f} |" for ratio in ratios))
     return "\n".join(lines)
 
 
+def by_place(records: list[dict]) -> dict:
+    """{(network, bits, number of inputs): {method: [record of each seed]}}"""
+    places = {}
+    for record in records:
+        own = settings_of(record)
+        place = places.setdefault((record["network"], own["bits"], record["samples"]), {})
+        place.setdefault(own["method"], []).append(record)
+    return places
+
+
+def few_inputs(records: list[dict]) -> str:
+    """Score and losses by the number of calibration inputs, as a Markdown table: the median score
+    of the seeds, and in brackets what is left of the loss on calibration and on unseen inputs."""
+    places = by_place(records)
+    methods = [m for m in next(iter(places.values())) if m != "rtn"]
+    lines = ["| network | bits | inputs |" + "".join(f" {NAMES[m]} |" for m in methods),
+             "|---" * (3 + len(methods)) + "|"]
+    for (network, bits, samples), runs in places.items():
+        line = f"| {network} | W{bits} | {samples} |"
+        for method in methods:
+            score, *losses = (statistics.median(values) for values in (
+                [r["score"] for r in runs[method]],
+                *([left(r, n, kind) for r, n in zip(runs[method], runs["rtn"], strict=True)]
+                  for kind in ("calibration", "unseen"))))
+            line += f" {score:.2f} ({losses[0]:.2f}, {losses[1]:.2f}) |"
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def ranking(records: list[dict]) -> str:
+    """Whether the loss tells which of two methods has the better score: a Markdown table. We take
+    two learned methods of the same network, bits, inputs and seed whose scores differ, and count
+    how often the one with the smaller loss is the better one."""
+    agrees = {"calibration": [], "unseen": []}
+    for runs in by_place(records).values():
+        seeds = zip(*(runs[m] for m in runs if m != "rtn"), strict=True)
+        for (a, b), kind in product((pair for seed in seeds for pair in combinations(seed, 2)),
+                                    agrees):
+            gain = (a["score"] - b["score"]) * (1 if "accuracy" in a["about"] else -1)
+            if gain:
+                agrees[kind].append((left(a, b, kind) < 1) == (gain > 0))
+    return "\n".join([
+        "| losses on | pairs of methods | in the order of their scores |", "|---|---|---|",
+        *(f"| {kind} inputs | {len(seen)} | {100 * np.mean(seen):.0f} % |"
+          for kind, seen in agrees.items())])
+
+
+# The tables of a study, where they are not the one of its scores.
+TABLES = {"rates-bits": [unseen_losses], "samples": [few_inputs, ranking],
+          **dict.fromkeys(("lite0", "lite0-3-bits", "lite0-2-bits", "lite0-channels"),
+                          [table, paired, ranking])}
+
+
 def shown(records: list[dict]) -> str:
     """What the command prints of a study."""
-    if records[0]["study"] == "rates-bits":
-        return unseen_losses(records)
-    pairs = records[0]["study"] in ("lite0", "lite0-3-bits", "lite0-channels")
-    return table(records) + (f"\n\n{paired(records)}" if pairs else "")
+    return "\n\n".join(draw(records) for draw in TABLES.get(records[0]["study"], [table]))
 
 
 # ---- The command line ----------------------------------------------------------------------------

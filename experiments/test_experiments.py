@@ -5,6 +5,7 @@ import importlib
 import re
 from dataclasses import asdict, replace
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -12,10 +13,10 @@ import torch
 from torch import nn
 
 import models
-from experiments import pretrained, studies, timing, tools, train
+from experiments import notebook, pretrained, studies, timing, tools, train
 from flexround import AdaQuant, FlexRound, RoundToNearest, fold, quantize_layers, quantizers
 from reconstruct import ReconstructionConfig, make_iteration, reconstruct_block
-from test_flexround import correlated
+from test_flexround import correlated, prepared
 
 HERE = Path(__file__).parent
 README = HERE / "README.md"
@@ -73,18 +74,6 @@ def test_a_study_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
     assert said.endswith(studies.table(records) + "\n")
     assert {r["config"]["optimizer"] for r in records[2:]} == {"sgd"}
     assert "| resnet, channels x 4 | W3 |" in said and "V_in_steps True, lr 0.01 |" in said
-
-
-@pytest.mark.slow
-def test_the_first_study_made_again(tmp_path, monkeypatch):
-    """What is committed has to come out again, here the ResNet's runs, two at a time."""
-    some = [run for run in studies.STUDIES["first"] if run.network == "resnet"]
-    monkeypatch.setitem(studies.STUDIES, "first", some)
-    made = studies.make("first", tmp_path / "first.jsonl", jobs=2)
-    again = {str(r["config"]): r["score"] for r in made}
-    ours = [r for r in studies.read_results(HERE / "first.jsonl") if r["network"] == "resnet"]
-    for r in ours:                                                   # elsewhere: an image or two
-        assert again.pop(str(r["config"])) == pytest.approx(r["score"], abs=2)
 
 
 def test_a_run_is_known_by_its_settings():
@@ -145,6 +134,24 @@ def test_the_other_tables_by_hand():
     assert studies.unseen_losses(runs).splitlines() == [
         "| network | bits | iterations | FlexRound, 1 | AdaRound, 1 |", "|---|---|---|---|---|",
         "| net | W3 | 1000 | 0.25 | 0.50 |"]
+
+
+def test_losses_scores_and_gains_by_hand(monkeypatch):
+    """Whether a loss tells, and how far FlexRound is ahead of the better addition, in one unit."""
+    def run(method, score, calibration, unseen, about="accuracy"):
+        return {"study": "s", "network": "net", "about": about, "samples": 8, "score": score,
+                "full": 9, "losses": {"calibration": [calibration], "unseen": [unseen]},
+                "inequality": [1, 4], "config": asdict(ReconstructionConfig(method, 3))}
+    runs = [run("rtn", 10, 4, 4), run("adaround", 50, 1, 3), run("flexround", 60, 2, 2)]
+    assert studies.few_inputs(runs).endswith("| net | W3 | 8 | 50.00 (0.25, 0.75) | 60.00 (0.50, "
+                                             "0.50) |")
+    assert studies.ranking(runs).splitlines()[2:] == ["| calibration inputs | 1 | 0 % |",
+                                                      "| unseen inputs | 1 | 100 % |"]
+    monkeypatch.setattr(notebook, "GAINS", {"a": ("", ["s"], "net")})
+    assert notebook.gains([*runs, run("adaquant", 55, 0, 0)]) == [("a", 3, 2.0, 5.0, 5.0, 5.0)]
+    texts = [run(m, np.exp(x), 0, 0, "perplexity") for m, x in
+             (("adaround", 1.2), ("adaquant", 1), ("flexround", 0.9))]
+    assert notebook.gains(texts)[0][3] == pytest.approx(10)          # hundredths of a nat
 
 
 @pytest.mark.parametrize("arguments, message", [
@@ -231,29 +238,6 @@ def test_adaquant_in_grid_steps_and_how_far_weights_move():
     far = [t.round().clamp(q.lo, q.hi).int() for t in (W / q.s1, W / q.s1 / 1.25)]
     assert torch.equal(tools.grid_shift(q, W), far[0] - far[1]) and (far[0] != far[1]).any()
     assert not tools.grid_shift(q, W, learned_s1=True).any()
-
-
-def test_division_learns_to_make_unequal_channels_equal():
-    """README, unequal: rescale changes no output, and FlexRound divides a large channel by a large
-    S' and the weights that read it by a small one, as if it had been equalised beforehand."""
-    torch.manual_seed(0)
-    net = models.fold_batchnorm(nn.Sequential(models.BasicBlock(8, 8)))
-    x = correlated(64, 8, 8, 8)
-    W1, y = net[0].conv1.weight.detach().clone(), net(x).detach()
-    torch.testing.assert_close(tools.rescale(net, 4.0)(x), y, rtol=1e-3, atol=1e-4)
-    factor = (net[0].conv1.weight.detach() / W1).flatten(1).median(1).values.log()
-    assert 1 < factor.exp().max() <= 4 and 1 / 4 <= factor.exp().min() < 1
-    config = ReconstructionConfig(bits=3, iterations=500, lr=0.032)
-    quantize_layers(net, config)
-    reconstruct_block(net, x, y, config)
-    q1, q2 = quantizers(net).values()
-    with torch.no_grad():                                            # mean log S' of each channel
-        out = (q1.log_S2 + q1.log_s3 + q1.log_s4).mean((1, 2, 3))
-        into = (q2.log_S2 + q2.log_s3 + q2.log_s4).mean((0, 2, 3))
-    follows = [float(torch.corrcoef(torch.stack([log_S, sign * factor]))[0, 1])
-               for log_S, sign in ((out, 1), (into, -1))]
-    print(f"correlation {follows[0]:.2f} and {follows[1]:.2f}")
-    assert min(follows) > 0.9
 
 
 def test_plain_sgd_takes_the_place_of_adam_and_gives_it_back():
@@ -461,3 +445,23 @@ def test_gpt2_from_a_text_to_a_score(tmp_path, monkeypatch, capsys):
         pretrained.main(command)
     with pytest.raises(ImportError, match="no_such_package is needed: pip install no_such_package"):
         pretrained.need("no_such_package")
+
+
+def test_our_llama_is_transformers():
+    """Its blocks are transformers' own layers, but we hand them positions and cut the network."""
+    LlamaForCausalLM, made = package("transformers").LlamaForCausalLM, []
+    keep = mock.patch.object(LlamaForCausalLM, "post_init", lambda self: made.append(self.eval()))
+    with keep, torch.no_grad():
+        blocks, x = train.llama(65, 64, 2, 8, 64).eval(), torch.randint(65, (2, 64))
+        torch.testing.assert_close(blocks(x), made[0](x).logits)
+
+
+def test_what_is_watched_is_what_was_learned():
+    """The notebook draws a weight's way from it."""
+    block, x, y, config = prepared("watched", iterations=8)
+    tools.Watched.seen.clear()
+    reconstruct_block(block, x, y, config)
+    assert len(tools.Watched.seen) == 8 * len(quantizers(block))
+    for u, W_hat in tools.Watched.seen:
+        codes = u.round().clamp(-4, 3)
+        torch.testing.assert_close(W_hat, codes * (W_hat / codes).nanmedian())

@@ -82,7 +82,20 @@ class AdaQuantInSteps(AdaQuant):
         return Clamp.apply(Round.apply(W / self.s1 + self.V), *self.bounds)
 
 
+class Watched(flexround.FlexRound):
+    """FlexRound that notes W / S and W_hat of each step in which it learns, in the list `seen`."""
+
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def forward(self, W):
+        W_hat = super().forward(W)
+        if torch.is_grad_enabled():
+            self.seen.append(((W / self.S).detach(), W_hat.detach()))
+        return W_hat
+
+
 flexround.METHODS["adaquant-steps"] = AdaQuantInSteps
+flexround.METHODS["watched"] = Watched
 
 
 @contextmanager

@@ -84,8 +84,10 @@ def kept(path, make: Callable, fit: Callable) -> nn.Module:
     return net.eval()
 
 
-def text_network(path, string: str, layers: int, width: int, context: int, steps: int):
-    """A character GPT, trained on the first 90 % of a text, and the tokens of the whole text."""
+def text_network(path, string: str, layers: int, width: int, context: int, steps: int,
+                 make: Callable = models.GPT, heads: int = 4):
+    """A character GPT, trained on the first 90 % of a text, and the tokens of the whole text. make:
+    another kind of network, with models.GPT's arguments."""
     vocabulary = "".join(sorted(set(string)))
     tokens = models.characters(string, vocabulary)
 
@@ -93,8 +95,40 @@ def text_network(path, string: str, layers: int, width: int, context: int, steps
         train(net, text_batches(tokens[:int(0.9 * len(tokens))], context), steps, 3e-3)
         return {"vocabulary": vocabulary, "python": platform.python_version()}
 
-    net = kept(path, lambda: models.GPT(len(vocabulary), context, layers, 4, width), fit)
+    net = kept(path, lambda: make(len(vocabulary), context, layers, heads, width), fit)
     return net, tokens
+
+
+class LlamaBlock(nn.Module):
+    """A layer of transformers' LLaMA that takes and returns one tensor, (B, T, D)."""
+
+    def __init__(self, layer: nn.Module, rotary: nn.Module):
+        super().__init__()
+        self.layer, self.rotary = layer, rotary
+
+    def forward(self, x):
+        position = torch.arange(x.shape[1], device=x.device)[None]
+        return self.layer(x, position_embeddings=self.rotary(x, position))
+
+
+def llama(vocabulary: int, context: int, layers: int, heads: int, width: int) -> models.Blocks:
+    """transformers' LLaMA (RMS norm, rotary positions, gated MLP, no biases) as a list of blocks,
+    with the start of its weights. heads share keys and values in pairs. ImportError: no
+    transformers."""
+    try:
+        from transformers import LlamaConfig, LlamaForCausalLM
+    except ImportError as error:
+        raise ImportError("a LLaMA needs `pip install transformers`") from error
+    net = LlamaForCausalLM(LlamaConfig(
+        vocab_size=vocabulary, hidden_size=width, intermediate_size=8 * width // 3,
+        num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=heads // 2,
+        max_position_embeddings=context, tie_word_embeddings=False))
+    blocks = models.Blocks(
+        net.model.embed_tokens, *(LlamaBlock(layer, net.model.rotary_emb)
+                                  for layer in net.model.layers),
+        nn.Sequential(OrderedDict(norm=net.model.norm, lm_head=net.lm_head)))
+    blocks.context = context
+    return blocks
 
 
 class Sentiment(models.GPT):
