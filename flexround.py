@@ -179,8 +179,7 @@ class RoundToNearest(nn.Module):
     that W_hat = q.s1 * (q.codes(W) - q.zero_point). A rule of your own overrides integers().
 
     Args:
-        W: the pre-trained weight, (C_out, C_in) or (C_out, C_in, H, W). We start from it, and do
-            not keep it.
+        W: the pre-trained weight, (C_out, C_in) or (C_out, C_in, H, W). We do not keep it.
         bits: 2 to 8.
         symmetric: codes -2^(b-1)..2^(b-1)-1 and zero_point 0, or codes 0..2^b-1 and a zero_point.
         per_channel: one s1 (and zero_point) for each output channel, or one for all of W.
@@ -386,9 +385,9 @@ class LSQ(nn.Module):
         dL/dlog step = sum G (x_hat - inside x)        dL/dx = inside G        G = dL/dx_hat
 
     LSQ scales the gradient of the step by 1 / sqrt(N Q). We leave that out, because Adam divides
-    the size of a gradient out. We store the logarithm of the step, so that it stays positive. The
-    codes are signed, -2^(b-1)..2^(b-1)-1, or 0..2^b-1. LSQ.of finds log_step and zero_point, two
-    scalars. In train mode an element stays x with the probability `drop` (QDrop).
+    the size of a gradient out. The step is positive, because we store its logarithm. Codes are
+    signed, -2^(b-1)..2^(b-1)-1, or 0..2^b-1. LSQ.of finds log_step and zero_point, two scalars. In
+    train mode an element stays x with the probability `drop` (QDrop).
     """
 
     def __init__(self, bits: int, signed: bool, log_step: Tensor, zero_point: Tensor,
@@ -410,18 +409,19 @@ class LSQ(nn.Module):
         asymmetric grid has unsigned codes and an integer zero_point.
         """
         signed = symmetric and (negative or bool(x.min() < 0))
-        x = x.detach().flatten()
+        x = x.detach().flatten().to(torch.promote_types(x.dtype, torch.float32))
         if len(x) > 2 ** 16:
             some = torch.randint(len(x), (2 ** 16,), generator=torch.Generator().manual_seed(0))
             x = torch.cat([x[some.to(x.device)], x.amin()[None], x.amax()[None]])
         return cls(bits, signed, *search_range(x[None], bits, signed, p=p), drop)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x_hat, x's shape."""
+        """x_hat, x's shape and dtype. Half precision would choose wrong codes at 8 bits."""
         step, z = self.log_step.exp(), self.zero_point
-        x_hat = step * Clamp.apply(Round.apply(x / step), self.lo - z, self.hi - z)
+        k = Clamp.apply(Round.apply(x.to(step.dtype) / step), self.lo - z, self.hi - z)
+        x_hat = (step * k).to(x.dtype)
         if self.training and self.drop > 0:                          # QDrop, element by element
-            return torch.where(torch.rand_like(x) < self.drop, x, x_hat)
+            x_hat = torch.where(torch.rand_like(x) < self.drop, x, x_hat)
         return x_hat
 
 

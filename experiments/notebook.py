@@ -308,3 +308,7 @@ def parts(net: nn.Module, bits: int):
             yield name, q, W, sum((log.detach() for log in logs if log is not None),
                                   torch.zeros_like(W))
 
+
+if __name__ == "__main__":                                           # README's picture
+    style()
+    picture(when(), Path(__file__).with_name("when.png"))

@@ -231,13 +231,9 @@ def test_adaquant_in_grid_steps_and_how_far_weights_move():
     moved = tools.grid_shift(steps, W)
     inside = RoundToNearest(W, 4).codes(W) <= 5                      # 5 + 2 is the last code
     assert (moved[inside] == 2).all() and (moved[~inside] < 2).all() and not inside.all()
-    # A smaller s1 alone moves large weights, which is no rounding of a single weight.
-    W = correlated(6, 5)
     q = FlexRound(W, 8).requires_grad_(False)
-    q.log_s1 -= np.log(1.25)                                         # a finer grid: codes grow
-    far = [t.round().clamp(q.lo, q.hi).int() for t in (W / q.s1, W / q.s1 / 1.25)]
-    assert torch.equal(tools.grid_shift(q, W), far[0] - far[1]) and (far[0] != far[1]).any()
-    assert not tools.grid_shift(q, W, learned_s1=True).any()
+    q.log_s1 -= np.log(1.25)                                         # s1 alone is not counted
+    assert not tools.grid_shift(q, W).any()
 
 
 def test_plain_sgd_takes_the_place_of_adam_and_gives_it_back():

@@ -39,14 +39,19 @@ def captured(step):
         with torch.cuda.stream(side):                                # the warm-up: three calls
             step()
             step()
-            torch.cuda.set_sync_debug_mode("error")                  # to wait is now an error
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")                      # that it is a prototype
+                torch.cuda.set_sync_debug_mode("error")              # to wait is now an error
             step()
     finally:
         torch.cuda.set_sync_debug_mode(before)
         torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=side):
-        result = step()
+    graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    try:
+        with torch.cuda.graph(graph, stream=side):
+            result = step()
+    finally:
+        torch.cuda.set_stream(current)                               # a failed recording keeps side
 
     def replay():
         graph.replay()

@@ -20,16 +20,13 @@ def start_of(q: RoundToNearest, W: Tensor, p: float = 2.4) -> RoundToNearest:
 
 
 @torch.no_grad()
-def grid_shift(q: RoundToNearest, W: Tensor, p: float = 2.4, learned_s1: bool = False) -> Tensor:
+def grid_shift(q: RoundToNearest, W: Tensor) -> Tensor:
     """How many grid steps q moves each weight from round to nearest: int32, W's shape.
 
-    We take the difference of the codes, each on its own grid: q's with s1 as learned, round to
-    nearest's with s1 as search_range finds it. So a smaller s1 alone shifts every large weight.
-    With learned_s1 we take q's s1 for both, which leaves what S2, s3, s4 (or V) do. The paper does
-    not say which s1 its Figs. 3 to 6 take.
+    We take the learned s1 for both, which leaves what S2, s3, s4 (or V) do. The paper does not say
+    which s1 its Figs. 3 to 6 take, and a smaller s1 alone would shift every large weight.
     """
-    nearest = RoundToNearest.integers(q, W) if learned_s1 else start_of(q, W, p).integers(W)
-    return (q.integers(W) - nearest).to(torch.int32)
+    return (q.integers(W) - RoundToNearest.integers(q, W)).to(torch.int32)
 
 
 def inequality(net: nn.Module) -> list[float]:
