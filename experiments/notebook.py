@@ -14,6 +14,7 @@ from scipy.stats import spearmanr  # scikit-learn brings scipy
 from torch import nn
 
 import flexround
+from experiments import tools
 from experiments.studies import COMMITTED, left, read_results, settings_of
 
 # One name, one colour and one marker for each method, throughout. All else is black or grey.
@@ -307,6 +308,17 @@ def parts(net: nn.Module, bits: int):
             W = net.get_submodule(name).parametrizations.weight.original.detach()
             yield name, q, W, sum((log.detach() for log in logs if log is not None),
                                   torch.zeros_like(W))
+
+
+def freer(net: nn.Module, bits: int) -> str:
+    """In how many layers of so many bits the largest third of the weights changes its code more
+    often than the middle third (the paper's Figs. 3 and 4)."""
+    found = []
+    for _, q, W, _ in parts(net, bits):
+        moved = (tools.grid_shift(q, W) != 0).float().flatten()[W.abs().flatten().argsort()]
+        third = len(moved) // 3
+        found.append(float(moved[2 * third:].mean()) > float(moved[third:2 * third].mean()))
+    return f"{sum(found)} of {len(found)} layers"
 
 
 if __name__ == "__main__":                                           # README's picture
