@@ -187,7 +187,7 @@ class RoundToNearest(nn.Module):
     """
 
     learns_s1 = False
-    default_lr = 0.0                 # first rate of Adam: a rule that learns has its own
+    default_lr = 1e-3                # first rate of Adam. A rule that learns should have its own
 
     def __init__(self, W: Tensor, bits: int, symmetric: bool = True, per_channel: bool = False, *,
                  p: float = 2.4):
@@ -364,12 +364,9 @@ class FlexRound(RoundToNearest):
         logs = (self.log_s1, self.log_s3, self.log_s4, self.log_S2)
         return sum(log for log in logs if log is not None).exp()
 
-    def forward(self, W):
-        S = self.S                                               # Eq. 2: S = s1 * S2 * s3 * s4
-        return self.s1 * Division.apply(W, S, *self.bounds)      # Eq. 1: W_hat = s1 * round(W / S)
-
     def integers(self, W):
-        return Division.apply(W, self.S, *self.bounds)
+        S = self.S                                                   # Eq. 2: S = s1 * S2 * s3 * s4
+        return Division.apply(W, S, *self.bounds)    # Eq. 1: round(W / S). forward multiplies by s1
 
 
 METHODS = {"rtn": RoundToNearest, "adaround": AdaRound, "adaquant": AdaQuant,

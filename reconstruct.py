@@ -20,7 +20,7 @@ So the whole driver, quantize_model below, is this loop:
 How we differ from the paper and from the authors' code, and why
 
 - We evaluate the start and four later states on all calibration inputs, and keep the best. So the
-  result is never worse than round to nearest there. On white noise FlexRound else ends worse.
+  result is never worse than round to nearest there. (On white noise the last state is worse.)
 - All methods share the optimizer (Adam, cosine decay to 0), the iterations and the batches. Only
   the rate is each method's own. The paper gives AdaRound and AdaQuant BRECQ's settings.
 - The paper states neither the loss's reduction nor the rate's schedule. We follow the authors'
@@ -564,8 +564,8 @@ def load_quantized(model: nn.Module, path) -> nn.Module:
     ours |= {name: "a layer" for name, _ in model.named_modules() if name in inputs}
     for key in [*theirs, *ours]:
         if theirs.get(key) != ours.get(key):
-            raise ValueError(f"{path}: another architecture: {key!r} is {theirs.get(key)} in the "
-                             f"file, {ours.get(key)} in the model")
+            raise ValueError(f"{path}: another architecture, or no float network: {key!r} is "
+                             f"{theirs.get(key)} in the file, {ours.get(key)} in the model")
     model.load_state_dict(state)
     for name, quantizer in inputs.items():
         quantizer.requires_grad_(False).to(device_of([model]))

@@ -109,8 +109,7 @@ STUDIES = {
     "lite0-3-bits": grid("lite0", FOUR | LITE0_RATE, [3], **LITE0),
     "lite0-2-bits": grid("lite0", FOUR | LITE0_RATE, [2], (0,), **LITE0),
     "lite0-long": grid("lite0", {"adaround": [0.3]}, [4], (0,), **LITE0 | {"iterations": 1000}),
-    "lite0-channels": grid("lite0", RTN | {"adaquant": [1e-3]} | LITE0_RATE, [4], (0,),
-                           per_channel=True, **LITE0),
+    "lite0-channels": grid("lite0", FOUR | LITE0_RATE, [4], per_channel=True, **LITE0),
     "mobilenet-long": [run for rates, iterations in (
         ({"adaround": [0.3], "adaquant": [4e-3], "flexround": [4e-3]}, 1000),
         ({"adaround": [0.3]}, 4000))

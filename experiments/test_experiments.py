@@ -144,8 +144,7 @@ def test_losses_scores_and_gains_by_hand(monkeypatch):
                 "full": 9, "losses": {"calibration": [calibration], "unseen": [unseen]},
                 "inequality": [1, 4], "config": asdict(ReconstructionConfig(method, 3))}
     runs = [run("rtn", 10, 4, 4), run("adaround", 50, 1, 3), run("flexround", 60, 2, 2)]
-    assert studies.few_inputs(runs).endswith("| net | W3 | 8 | 50.00 (0.25, 0.75) | 60.00 (0.50, "
-                                             "0.50) |")
+    assert studies.few_inputs(runs).endswith("| 8 | 50.00 (0.25, 0.75) | 60.00 (0.50, 0.50) |")
     assert studies.ranking(runs).splitlines()[2:] == ["| calibration inputs | 1 | 0 % |",
                                                       "| unseen inputs | 1 | 100 % |"]
     monkeypatch.setattr(notebook, "GAINS", {"a": ("", ["s"], "net")})
