@@ -185,9 +185,8 @@ def few():
         column[0].axhline(some[0]["full"], color="k", lw=1, ls="--", label="full precision")
         column[0].set(title=f"{title}, 2 bits", ylabel="test accuracy, %" if network == "resnet"
                       else "perplexity (lower is better)")
-        column[1].axhline(1, color=COLOUR["rtn"], lw=1, label="round to nearest")
-        column[1].set(xscale="log", xticks=counts, xticklabels=counts, xlabel="calibration inputs",
-                      ylabel="loss on unseen inputs")
+        column[1].set(xscale="log", ylim=(0, 0.45), xticks=counts, xticklabels=counts,
+                      xlabel="calibration inputs", ylabel="loss on unseen inputs")
         column[1].minorticks_off()
     axes[0, 0].legend(loc="lower right")
     return fig
@@ -290,7 +289,7 @@ def chart(studies: dict[str, list[dict]]):
 def picture(fig, path=None) -> Image:
     """The figure as a PNG, for display, and written to path where there is one: the same bytes."""
     held = io.BytesIO()
-    fig.savefig(held, format="png")
+    fig.savefig(held, format="png", pil_kwargs={"optimize": True})
     plt.close(fig)
     if path is not None:
         Path(path).write_bytes(held.getvalue())
