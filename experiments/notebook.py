@@ -147,10 +147,15 @@ def when(bits: int = 2):
         xlabel="channels up to this many times larger or smaller")
     one.legend(loc="lower left")
 
-    for letter, width, x, gain, low, high in gains(committed()):
-        x *= 1.03 ** (width - 3)                                    # so that the bars part
-        two.errorbar(x, gain, [[gain - low], [high - gain]], fmt="k.", ms=5, lw=1, elinewidth=0.7)
-        two.annotate(f"{letter}$_{width}$", (x, gain), (3, 2), textcoords="offset points")
+    points, marks = gains(committed()), {4: "x", 3: "+", 2: "*"}
+    for letter, width, x, gain, low, high in points:
+        x *= 1.02 ** (width - 3)                                     # so that the bars part
+        two.errorbar(x, gain, [[gain - low], [high - gain]], fmt=f"k{marks[width]}", ms=7, lw=0.8)
+        if width == min(p[1] for p in points if p[0] == letter):
+            two.annotate(letter, (x, gain), (-4, 0), textcoords="offset points", ha="right")
+    for width, mark in marks.items():
+        two.plot([], [], f"k{mark}", ms=7, label=f"{width} bits")
+    two.legend(loc="upper left")
     two.axhline(0, color="k", lw=1)
     two.set_xscale("log")
     two.set_yscale("symlog", linthresh=1, linscale=0.6)
@@ -159,16 +164,16 @@ def when(bits: int = 2):
             ylabel="FlexRound ahead by, points", xlabel="largest over median channel",
             title="Each network: FlexRound's lead\nover the better of AdaRound and AdaQuant")
     two.minorticks_off()
-    two.text(1.02, 0.5, "\n".join(f"{letter}  {name}" for letter, (name, *_) in GAINS.items()) +
-             "\n(index: bits)", transform=two.transAxes, va="center", fontsize=11)
+    two.text(1.02, 0.5, "\n".join(f"{letter}  {name}" for letter, (name, *_) in GAINS.items()),
+             transform=two.transAxes, va="center", fontsize=11)
     return fig
 
 
 def few():
-    """Paper's Fig. 7: score against the number of calibration inputs. Below, the loss on inputs
-    that were not calibrated on, as a share of round to nearest's."""
+    """Paper's Fig. 7: score against the number of calibration inputs. Below, the loss on these, and
+    on inputs that were not calibrated on, as a share of round to nearest's."""
     records, counts = committed("samples"), (8, 16, 32, 64, 128, 256, 512)
-    fig, axes = plt.subplots(2, 2, figsize=(13, 7.6), sharex=True)
+    fig, axes = plt.subplots(2, 2, figsize=(12, 7), sharex=True)
     for column, (network, title) in zip(axes.T, (("resnet", "digits ResNet"),
                                                  ("gpt", "small GPT")), strict=True):
         some = [r for r in records if r["network"] == network]
@@ -177,18 +182,21 @@ def few():
             rows = [[r for r in some if r["samples"] == n and r["config"]["method"] == method]
                     for n in counts]
             with_bars(column[0], x, [scores(row) for row in rows], method, ls="-")
-            losses = [[left(r, n, "unseen") for r, n in zip(row, nearest, strict=True)]
-                      for row, nearest in zip(rows, (
-                          [r for r in some if r["samples"] == n and r["config"]["method"] == "rtn"]
-                          for n in counts), strict=True)]
-            with_bars(column[1], x, losses, method, ls="-")
+            nearest = [[r for r in some if r["samples"] == n and r["config"]["method"] == "rtn"]
+                       for n in counts]
+            for kind, style in (("unseen", "-"), ("calibration", "--")):
+                losses = [[left(r, n, kind) for r, n in zip(*pair, strict=True)]
+                          for pair in zip(rows, nearest, strict=True)]
+                with_bars(column[1], x, losses, method, ls=style, ms=7 if style == "-" else 4,
+                          label=f"{kind} inputs" if method == "flexround" else None)
         column[0].axhline(some[0]["full"], color="k", lw=1, ls="--", label="full precision")
         column[0].set(title=f"{title}, 2 bits", ylabel="test accuracy, %" if network == "resnet"
                       else "perplexity (lower is better)")
         column[1].set(xscale="log", ylim=(0, 0.45), xticks=counts, xticklabels=counts,
-                      xlabel="calibration inputs", ylabel="loss on unseen inputs")
+                      xlabel="calibration inputs", ylabel="loss, of round to nearest's")
         column[1].minorticks_off()
     axes[0, 0].legend(loc="lower right")
+    axes[1, 0].legend(loc="upper right")
     return fig
 
 
@@ -228,17 +236,20 @@ def loop():
     return fig
 
 
-def heat(W, quantizers: dict):
+def heat(W, quantizers: dict, text: str = ""):
     """One layer as heat maps: its weights, and for each of two quantizers the codes and the errors.
-    Maps of the same kind share one colour scale, with a bar. Rows are output channels."""
-    fig, axes = plt.subplot_mosaic([["W", "k0", "e0"], ["W", "k1", "e1"]], figsize=(13, 6))
+    Maps of the same kind share one colour scale, with a bar. Rows are output channels. text stands
+    below the weights."""
+    fig, axes = plt.subplot_mosaic([["W", "k0", "e0"], ["text", "k1", "e1"]], figsize=(13, 6))
+    axes["text"].axis("off")
+    axes["text"].text(0.5, 0.5, text, ha="center", va="center", fontsize=14)
     with torch.no_grad():
         maps = {"W": W}
         for i, q in enumerate(quantizers.values()):
             maps |= {f"k{i}": q.codes(W), f"e{i}": (W - q(W)).abs()}
     titles = {"W": "weights $W$", **{kind + str(i): f"{name}: {what}" for i, name in enumerate(
         quantizers) for kind, what in (("k", "codes"), ("e", r"error $|W - \widehat W|$"))}}
-    for kind, cmap in (("W", "RdBu"), ("k", "RdBu"), ("e", "Greys")):
+    for kind, cmap in (("W", "RdGy"), ("k", "RdGy"), ("e", "Greys")):
         some = [name for name in maps if name[0] == kind]
         most = max(float(maps[name].abs().max()) for name in some)
         for name in some:
@@ -246,7 +257,8 @@ def heat(W, quantizers: dict):
                                       vmin=0 if kind == "e" else -most)
             axes[name].set(title=titles[name], xticks=[], yticks=[])
             axes[name].grid(False)
-        plt.colorbar(drawn, ax=[axes[name] for name in some])
+        codes = {"ticks": range(q.lo, q.hi + 1)} if kind == "k" else {}
+        plt.colorbar(drawn, ax=[axes[name] for name in some], **codes)
     return fig
 
 
@@ -275,7 +287,7 @@ def chart(studies: dict[str, list[dict]]):
         unit = ("test accuracy, % (higher is better)" if "accuracy" in records[0]["about"]
                 else "test perplexity (lower is better)")
         ax.set(xticks=range(3), xticklabels=["4 bits", "3 bits", "2 bits"], title=title,
-               xlim=(-0.5, 2.5), ylim=(low, high), ylabel=unit)
+               xlim=(-0.6, 2.5), ylim=(low, high), ylabel=unit)
         ax.grid(False, axis="x")
     for method in METHODS:                                           # in the legend even where off
         axes[0].errorbar([], [], [], fmt=MARKER[method], color=COLOUR[method], ms=7, capsize=4)
