@@ -76,7 +76,7 @@ GAINS = {"a": ("digits ResNet, as it is", ["unequal"], "resnet"),
          **{letter: (f"the same, channels x {n}", ["unequal"], f"resnet, channels x {n}")
             for letter, n in zip("bcde", (2, 4, 8, 16), strict=True)},
          "f": ("digits MobileNet", ["first"], "mobilenet"), "g": ("small GPT", ["first"], "gpt"),
-         # "h": ("ResNet-20, CIFAR-10", ["resnet20"], "resnet20"),
+         "h": ("ResNet-20, CIFAR-10", ["resnet20"], "resnet20"),
          "i": ("MobileNet, CIFAR-10", ["mobilenet-long"], "mobilenet"),
          "j": ("small LLaMA", ["llama"], "llama"),
          "k": ("EfficientNet-Lite0", ["lite0", "lite0-3-bits", "lite0-2-bits"], "lite0")}
@@ -148,11 +148,13 @@ def when(bits: int = 2):
     one.legend(loc="lower left")
 
     points, marks = gains(committed()), {4: "x", 3: "+", 2: "*"}
-    for letter, width, x, gain, low, high in points:
+    for _, width, x, gain, low, high in points:
         x *= 1.02 ** (width - 3)                                     # so that the bars part
         two.errorbar(x, gain, [[gain - low], [high - gain]], fmt=f"k{marks[width]}", ms=7, lw=0.8)
-        if width == min(p[1] for p in points if p[0] == letter):
-            two.annotate(letter, (x, gain), (-4, 0), textcoords="offset points", ha="right")
+    for letter in GAINS:                                             # at the point farthest from 0
+        _, width, x, gain, *_ = max((p for p in points if p[0] == letter), key=lambda p: abs(p[3]))
+        two.annotate(letter, (x * 1.02 ** (width - 3), gain), (-4, 0), ha="right",
+                     textcoords="offset points", va="bottom" if gain > 0 else "top")
     for width, mark in marks.items():
         two.plot([], [], f"k{mark}", ms=7, label=f"{width} bits")
     two.legend(loc="upper left")
