@@ -171,7 +171,7 @@ def test_a_wrong_command_says_what_is_needed(arguments, message, tmp_path, monke
 def test_the_command_line_and_the_readmes_flags(capsys):
     """A command in the README that does not exist is worse than none."""
     known, text = {}, README.read_text()
-    for module in (studies, timing, pretrained):
+    for module in (studies, timing, pretrained, gpu):
         with pytest.raises(SystemExit):
             module.main(["--help"])
         known[module.__name__] = capsys.readouterr().out
