@@ -109,6 +109,8 @@ STUDIES = {
     "lite0-3-bits": grid("lite0", FOUR | LITE0_RATE, [3], **LITE0),
     "lite0-2-bits": grid("lite0", FOUR | LITE0_RATE, [2], (0,), **LITE0),
     "lite0-long": grid("lite0", {"adaround": [0.3]}, [4], (0,), **LITE0 | {"iterations": 1000}),
+    "lite0-samples": [run for samples in (32, 64) for run in grid(
+        "lite0", FOUR | LITE0_RATE, [4], (0,), iterations=250, samples=samples)],
     "lite0-channels": grid("lite0", FOUR | LITE0_RATE, [4], per_channel=True, **LITE0),
     "mobilenet-long": [run for rates, iterations in (
         ({"adaround": [0.3], "adaquant": [4e-3], "flexround": [4e-3]}, 1000),
@@ -468,6 +470,7 @@ def ranking(records: list[dict]) -> str:
 
 # The tables of a study, where they are not the one of its scores.
 TABLES = {"rates-bits": [unseen_losses], "samples": [few_inputs, ranking],
+          "lite0-samples": [few_inputs],
           **dict.fromkeys(("lite0", "lite0-3-bits", "lite0-2-bits", "lite0-channels"),
                           [table, paired, ranking])}
 
