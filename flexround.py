@@ -414,7 +414,8 @@ class LSQ(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x_hat, x's shape and dtype. Half precision would choose wrong codes at 8 bits."""
-        step, z = self.log_step.exp(), self.zero_point
+        own = torch.promote_types(self.log_step.dtype, torch.float32)
+        step, z = self.log_step.to(own).exp(), self.zero_point
         k = Clamp.apply(Round.apply(x.to(step.dtype) / step), self.lo - z, self.hi - z)
         x_hat = (step * k).to(x.dtype)
         if self.training and self.drop > 0:                          # QDrop, element by element

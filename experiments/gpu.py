@@ -3,8 +3,9 @@
     python -m experiments.gpu --out FOLDER --data CIFAR-10 --images IMAGENET
 
 It has not run on a GPU yet. Each result is written to FOLDER/gpu.json as soon as it is there, so a
-run that is cut off loses one result at most. A part stops before a new result when its minutes are
-over. The table of all results comes last. The file keeps the results of earlier parts.
+run that is cut off loses one result at most (of the iterations, those of one precision). A part
+stops before a new result when its minutes are over. A single long result is not cut. The table of
+all results comes last. The file keeps the results of earlier parts.
 """
 import argparse
 import contextlib
@@ -45,16 +46,21 @@ def tests(args) -> Iterator[tuple]:
 
 def iterations(args) -> Iterator[tuple]:
     """Iterations beside their floor, eager and as a CUDA graph, in float32 and with TF32."""
-    before = torch.get_float32_matmul_precision()
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     for precision in ("highest", "high"):                            # high: TF32
-        torch.set_float32_matmul_precision(precision)
-        torch.backends.cudnn.allow_tf32 = precision == "high"
         began, said = time.perf_counter(), io.StringIO()
-        with contextlib.redirect_stdout(said):
-            timing.print_times(args.device)
-        for line in said.getvalue().splitlines()[4:]:
-            yield f"precision {precision}", line.replace(" | ", ", "), time.perf_counter() - began
-    torch.set_float32_matmul_precision(before)
+        try:
+            torch.set_float32_matmul_precision(precision)
+            torch.backends.cudnn.allow_tf32 = precision == "high"
+            with contextlib.redirect_stdout(said):
+                timing.print_times(args.device)
+        finally:
+            torch.set_float32_matmul_precision(before[0])
+            torch.backends.cudnn.allow_tf32 = before[1]
+        rows = said.getvalue().split("|---|---|---|---|---|\n")[1].strip().splitlines()
+        for row in filter(None, rows):
+            yield (f"precision {precision}", row.strip("| ").replace(" | ", ", "),
+                   (time.perf_counter() - began) / len(rows))
 
 
 def study(args, data, runs: list) -> Iterator[tuple]:
@@ -75,10 +81,11 @@ def study(args, data, runs: list) -> Iterator[tuple]:
 
 def resnet20(args) -> Iterator[tuple]:
     """ResNet-20 at the paper's 5,000 iterations and at 1,000."""
-    rates = studies.FOUR | {"adaquant": [2.5e-4]}
-    yield from study(args, args.data, [run for seed in range(3) for count in (5000, 1000) for run in
-                            studies.grid("resnet20", rates, seeds=(seed,), bits=studies.ALL,
-                                         iterations=args.iterations or count)])
+    rates = studies.THREE | {"adaquant": [2.5e-4]}
+    runs = studies.grid("resnet20", studies.RTN, studies.ALL, (0,), iterations=1)
+    yield from study(args, args.data, runs + [
+        run for seed in range(3) for count in (5000, 1000) for run in studies.grid(
+            "resnet20", rates, studies.ALL, (seed,), iterations=args.iterations or count)])
 
 
 def lite0(args) -> Iterator[tuple]:

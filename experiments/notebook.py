@@ -20,7 +20,7 @@ from experiments.studies import COMMITTED, left, read_results, settings_of
 # One name, one colour and one marker for each method, throughout. All else is black or grey.
 METHODS = ["rtn", "adaround", "adaquant", "flexround"]
 NAME = {"rtn": "round to nearest", "adaround": "AdaRound", "adaquant": "AdaQuant",
-        "flexround": "FlexRound", "adaquant-steps": "AdaQuant, $V$ in steps"}
+        "flexround": "FlexRound"}
 COLOUR = {"rtn": "#666666", "adaround": "#D98E00", "adaquant": "#009E73", "flexround": "#0072B2"}
 MARKER = {"rtn": "s", "adaround": "^", "adaquant": "D", "flexround": "o"}
 
