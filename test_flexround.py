@@ -1111,7 +1111,7 @@ def test_an_activation_in_closed_form(symmetric, shift, lo):
     assert torch.equal(q.eval()(x), step * k)
     kept = (mixed := q.train()(x)) == x
     assert 0.05 < kept.double().mean() < 0.4 and (kept | (mixed == step * k)).all()
-    half = x.detach().half()                                       # of a network in .half()
+    half = x.detach().half()                                         # of a network in .half()
     q, exact = (flexround.LSQ.of(h, 8, symmetric).half() for h in (half, half.float()))
     assert torch.equal(q(half), exact.float()(half.float()).half())
 

@@ -3,13 +3,11 @@
     python -m experiments.gpu --out FOLDER --data CIFAR-10 --images IMAGENET
 
 It has not run on a GPU yet. Each result is written to FOLDER/gpu.json as soon as it is there, so a
-run that is cut off loses one result at most (of the iterations, those of one precision). A part
-stops before a new result when its minutes are over. A single long result is not cut. The table of
-all results comes last. The file keeps the results of earlier parts.
+run that is cut off loses one result at most. A part stops before a new result when its minutes are
+over. A single long result is not cut. The table of all results comes last. The file keeps the
+results of earlier parts.
 """
 import argparse
-import contextlib
-import io
 import json
 import subprocess
 import sys
@@ -47,31 +45,27 @@ def tests(args) -> Iterator[tuple]:
 def iterations(args) -> Iterator[tuple]:
     """Iterations beside their floor, eager and as a CUDA graph, in float32 and with TF32."""
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    for precision in ("highest", "high"):                            # high: TF32
-        began, said = time.perf_counter(), io.StringIO()
-        try:
+    try:
+        for precision in ("highest", "high"):                        # high: TF32
             torch.set_float32_matmul_precision(precision)
             torch.backends.cudnn.allow_tf32 = precision == "high"
-            with contextlib.redirect_stdout(said):
-                timing.print_times(args.device)
-        finally:
-            torch.set_float32_matmul_precision(before[0])
-            torch.backends.cudnn.allow_tf32 = before[1]
-        rows = said.getvalue().split("|---|---|---|---|---|\n")[1].strip().splitlines()
-        for row in filter(None, rows):
-            yield (f"precision {precision}", row.strip("| ").replace(" | ", ", "),
-                   (time.perf_counter() - began) / len(rows))
+            began = time.perf_counter()
+            for row in timing.rows(args.device):
+                yield (f"precision {precision}", row.replace(" | ", ", "),
+                       time.perf_counter() - began)
+                began = time.perf_counter()
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
 
 
 def study(args, data, runs: list) -> Iterator[tuple]:
     """Runs as the studies have them: score and seconds."""
-    facts = {}
+    task = studies.load(runs[0], data)                               # all are of one network
+    task.net.to(args.device)
+    facts = studies.facts_of("gpu", runs[0], task)
     for number, run in enumerate(runs):
         run = run._replace(config=replace(run.config, device=args.device))
-        task = studies.load(run, data)
-        facts = {"study": "gpu", "network": run.row, "about": task.about,
-                 "samples": len(task.calibration), "full": facts.get("full") or
-                 task.score(task.net.to(args.device))}
         _, record = studies.one_run((number, run, facts, {"data": data}))
         if record is not None:
             own = run.config

@@ -15,12 +15,11 @@ from torch import nn
 
 import flexround
 from experiments import tools
-from experiments.studies import COMMITTED, left, read_results, settings_of
+from experiments.studies import COMMITTED, by_place, left, read_results, settings_of
+from experiments.studies import NAMES as NAME
 
 # One name, one colour and one marker for each method, throughout. All else is black or grey.
 METHODS = ["rtn", "adaround", "adaquant", "flexround"]
-NAME = {"rtn": "round to nearest", "adaround": "AdaRound", "adaquant": "AdaQuant",
-        "flexround": "FlexRound"}
 COLOUR = {"rtn": "#666666", "adaround": "#D98E00", "adaquant": "#009E73", "flexround": "#0072B2"}
 MARKER = {"rtn": "s", "adaround": "^", "adaquant": "D", "flexround": "o"}
 
@@ -38,9 +37,13 @@ def style() -> None:
 
 def committed(*studies: str, **settings) -> list[dict]:
     """The records of some studies (none named: of all). settings: what their config has to hold."""
-    return [r for path in COMMITTED for r in read_results(path)
-            if (r["study"] in studies or not studies)
-            and all(settings_of(r)[key] == value for key, value in settings.items())]
+    return having([r for path in COMMITTED for r in read_results(path)
+                   if r["study"] in studies or not studies], **settings)
+
+
+def having(records: list[dict], **settings) -> list[dict]:
+    """The records whose config holds these settings."""
+    return [r for r in records if all(settings_of(r)[k] == v for k, v in settings.items())]
 
 
 def spread(scores) -> tuple[float, float, float]:
@@ -50,8 +53,8 @@ def spread(scores) -> tuple[float, float, float]:
 
 def scores(records: list[dict], **settings) -> list[float]:
     """The scores of the records whose config holds these settings, in the order of the seeds."""
-    some = [r for r in records if all(settings_of(r)[k] == v for k, v in settings.items())]
-    return [r["score"] for r in sorted(some, key=lambda r: settings_of(r)["seed"])]
+    some = sorted(having(records, **settings), key=lambda r: settings_of(r)["seed"])
+    return [r["score"] for r in some]
 
 
 def table(records: list[dict], column: Callable = lambda c: NAME[c["method"]]) -> str:
@@ -130,9 +133,12 @@ def with_bars(ax, x, seeds: list, method: str, **more) -> None:
                                     "capsize": 4, "label": NAME[method], "zorder": 3, **more})
 
 
-def when(bits: int = 2):
+def when(points: list[tuple], bits: int = 2):
     """Left: channels made unequal on purpose, and what each method has left. Right: FlexRound's
-    gain over the better addition, for each network at hand, against its own inequality."""
+    gain over the better addition, for each network, against its own inequality.
+
+    points: what gains returns.
+    """
     spreads = (1, 2, 4, 8, 16)
     records = committed("unequal", bits=bits, use_s3_s4=True, learn_s1=True)
     fig, (one, two) = plt.subplots(1, 2, figsize=(13, 5.4))
@@ -147,7 +153,7 @@ def when(bits: int = 2):
         xlabel="channels up to this many times larger or smaller")
     one.legend(loc="lower left")
 
-    points, marks = gains(committed()), {4: "x", 3: "+", 2: "*"}
+    marks = {4: "x", 3: "+", 2: "*"}
     for _, width, x, gain, low, high in points:
         x *= 1.02 ** (width - 3)                                     # so that the bars part
         two.errorbar(x, gain, [[gain - low], [high - gain]], fmt=f"k{marks[width]}", ms=7, lw=0.8)
@@ -174,24 +180,21 @@ def when(bits: int = 2):
 def few():
     """Paper's Fig. 7: score against the number of calibration inputs. Below, the loss on these, and
     on inputs that were not calibrated on, as a share of round to nearest's."""
-    records, counts = committed("samples"), (8, 16, 32, 64, 128, 256, 512)
+    places, counts = by_place(committed("samples")), (8, 16, 32, 64, 128, 256, 512)
     fig, axes = plt.subplots(2, 2, figsize=(12, 7), sharex=True)
     for column, (network, title) in zip(axes.T, (("resnet", "digits ResNet"),
                                                  ("gpt", "small GPT")), strict=True):
-        some = [r for r in records if r["network"] == network]
+        runs = [places[network, 2, n] for n in counts]
         for j, method in enumerate(METHODS[1:]):
             x = [n * 1.06 ** (j - 1) for n in counts]
-            rows = [[r for r in some if r["samples"] == n and r["config"]["method"] == method]
-                    for n in counts]
-            with_bars(column[0], x, [scores(row) for row in rows], method, ls="-")
-            nearest = [[r for r in some if r["samples"] == n and r["config"]["method"] == "rtn"]
-                       for n in counts]
+            with_bars(column[0], x, [scores(place[method]) for place in runs], method, ls="-")
             for kind, style in (("unseen", "-"), ("calibration", "--")):
-                losses = [[left(r, n, kind) for r, n in zip(*pair, strict=True)]
-                          for pair in zip(rows, nearest, strict=True)]
+                losses = [[left(r, n, kind) for r, n in
+                           zip(place[method], place["rtn"], strict=True)] for place in runs]
                 with_bars(column[1], x, losses, method, ls=style, ms=7 if style == "-" else 4,
                           label=f"{kind} inputs" if method == "flexround" else None)
-        column[0].axhline(some[0]["full"], color="k", lw=1, ls="--", label="full precision")
+        full = runs[0]["rtn"][0]["full"]
+        column[0].axhline(full, color="k", lw=1, ls="--", label="full precision")
         column[0].set(title=f"{title}, 2 bits", ylabel="test accuracy, %" if network == "resnet"
                       else "perplexity (lower is better)")
         column[1].set(xscale="log", ylim=(0, 0.45), xticks=counts, xticklabels=counts,
@@ -277,11 +280,10 @@ def chart(studies: dict[str, list[dict]]):
         ax.axhline(records[0]["full"], color="k", lw=1, ls="--", label="full precision")
         for j, method in enumerate(METHODS):
             for i, bits in enumerate((4, 3, 2)):
-                scores = [r["score"] for r in records if r["config"]["method"] == method
-                          and r["config"]["bits"] == bits]
-                middle, x = statistics.median(scores), i + 0.17 * (j - 1.5)
+                seeds = scores(records, method=method, bits=bits)
+                middle, x = statistics.median(seeds), i + 0.17 * (j - 1.5)
                 if low <= middle <= high:
-                    with_bars(ax, [x], [scores], method, label=None if i else NAME[method])
+                    with_bars(ax, [x], [seeds], method, label=None if i else NAME[method])
                 else:
                     text, y, va = ((f"{middle:.1f}\n$\\downarrow$", low, "bottom") if middle < low
                                    else (f"$\\uparrow$\n{middle:.1f}", high, "top"))
@@ -336,8 +338,9 @@ def freer(net: nn.Module, bits: int) -> str:
 
 if __name__ == "__main__":                                           # README's picture
     style()
+    everything = committed()
     for of in (gmean, np.median, max):
-        points = gains(committed(), of)
+        points = gains(everything, of)
         print(f"inequality, {of.__name__} of the layers: rank correlation with FlexRound's lead "
               f"{explained(points):.2f}, {len(points)} points")
-    picture(when(), Path(__file__).with_name("when.png"))
+    picture(when(gains(everything)), Path(__file__).with_name("when.png"))

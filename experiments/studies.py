@@ -108,9 +108,10 @@ STUDIES = {
     "lite0": grid("lite0", FOUR | LITE0_RATE, [4], **LITE0),
     "lite0-3-bits": grid("lite0", FOUR | LITE0_RATE, [3], **LITE0),
     "lite0-2-bits": grid("lite0", FOUR | LITE0_RATE, [2], (0,), **LITE0),
-    "lite0-long": grid("lite0", {"adaround": [0.3]}, [4], (0,), **LITE0 | {"iterations": 1000}),
+    "lite0-long": grid("lite0", RTN | {"adaround": [0.3]}, [4], (0,),
+                       **LITE0 | {"iterations": 1000}),
     "lite0-samples": [run for samples in (32, 64) for run in grid(
-        "lite0", FOUR | LITE0_RATE, [4], (0,), iterations=250, samples=samples)],
+        "lite0", FOUR | LITE0_RATE, [4], (0,), **LITE0 | {"samples": samples})],
     "lite0-channels": grid("lite0", FOUR | LITE0_RATE, [4], per_channel=True, **LITE0),
     "mobilenet-long": [run for rates, iterations in (
         ({"adaround": [0.3], "adaquant": [4e-3], "flexround": [4e-3]}, 1000),
@@ -185,7 +186,7 @@ STUDIES = {
     "rates-lite0": search("lite0", {"adaround": [0.1, 0.2, 0.3, 0.5, 1.0],
                                     "adaquant": [2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3],
                                     "flexround": [4e-3, 8e-3, 1.6e-2, 3.2e-2]}, [4], **LITE0),
-    # Chosen by the loss on unseen inputs (relative_losses), never by the score.
+    # Chosen by the loss on unseen inputs (unseen_losses), never by the score.
     "rates-bits": [run for iterations in (250, 1000) for run in grid(
         "mobilenet gpt", RTN | {"adaround": [0.02, 0.08, 0.3, 1.2], "adaquant": [
             6.25e-5, 2.5e-4, 1e-3, 4e-3], "flexround": [5e-4, 2e-3, 8e-3, 3.2e-2]},
@@ -237,6 +238,12 @@ def load(run: Run, data=None, networks=None, samples=None) -> models.Task:
         task = models.load_task(name, data, networks or models.NETWORKS, seed, split, samples)
     tools.rescale(task.net, run.spread)
     return task
+
+
+def facts_of(study: str, run: Run, task: models.Task) -> dict:
+    """The beginning of a record: the study, the network, its data, its score in full precision."""
+    return {"study": study, "network": run.row, "about": task.about,
+            "samples": len(task.calibration), "full": round(task.score(task.net), 6)}
 
 
 def one_run(job) -> tuple[int, dict | None]:
@@ -470,9 +477,9 @@ def ranking(records: list[dict]) -> str:
 
 # The tables of a study, where they are not the one of its scores.
 TABLES = {"rates-bits": [unseen_losses], "samples": [few_inputs, ranking],
-          "lite0-samples": [few_inputs],
+          "lite0-samples": [few_inputs], "lite0-long": [table, few_inputs],
           **dict.fromkeys(("lite0", "lite0-3-bits", "lite0-2-bits", "lite0-channels"),
-                          [table, paired, ranking])}
+                          [table, paired, few_inputs, ranking])}
 
 
 def shown(records: list[dict]) -> str:
@@ -494,8 +501,7 @@ def make(study: str, out, jobs: int = 1, device=None, **options) -> list[dict]:
         if key not in facts:
             task = load(run, **options)
             unequal = tools.inequality(task.net)
-            facts[key] = {"study": study, "network": run.row, "about": task.about, "samples":
-                          len(task.calibration), "full": round(task.score(task.net), 6)}
+            facts[key] = facts_of(study, run, task)
             print(f"{run.row}: {task.about}; in full precision {facts[key]['full']:.2f}; the "
                   f"largest channel of a layer is {min(unequal):.1f} to {max(unequal):.1f} times "
                   "its median channel", flush=True)

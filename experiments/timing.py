@@ -11,6 +11,7 @@ import statistics
 import sys
 import time
 import warnings
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -121,10 +122,10 @@ def time_block(block: nn.Module, x: Tensor, config: ReconstructionConfig, rounds
             "evaluations": 5 * 32 * config.batch_size / len(x) * once}
 
 
-def print_times(device: str) -> None:
-    """time_block as a table: the blocks of ResNet-20 at batch 32, on CUDA and where torchvision is
-    installed those of ResNet-18, and a block of GPT-2 small's size. Weights and inputs are random,
-    because the time does not depend on them."""
+def rows(device: str) -> Iterator[str]:
+    """The rows of print_times, as they come: the blocks of ResNet-20 at batch 32, on CUDA and where
+    torchvision is installed those of ResNet-18, and a block of GPT-2 small's size. Weights and
+    inputs are random, because the time does not depend on them."""
     torch.manual_seed(0)
     cuda, todo, config = device.startswith("cuda"), [], ReconstructionConfig()
     nets = [("ResNet-20", models.ResNet(), torch.randn(256, 3, 32, 32))]
@@ -140,17 +141,22 @@ def print_times(device: str) -> None:
     todo.append((f"GPT, 768 channels, 4 x {length} tokens",
                  models.TransformerBlock(768, 12).to(device),
                  torch.randn(8, length, 768, device=device), replace(config, batch_size=4)))
-    print(f"torch {torch.__version__} on {device}, {torch.get_num_threads()} threads\n\n"
-          "| block | floor, us | iteration, us | ratio | five evaluations, of 1,000 iterations |\n"
-          "|---|---|---|---|---|")
     for name, block, x, config in todo:
         took = time_block(block, x, config)
         for kind in ("", " captured"):
             if f"iteration{kind}" in took:
                 floor, iteration = took[f"floor{kind}"], took[f"iteration{kind}"]
-                print(f"| {name}{kind} | {1e6 * floor:,.0f} | {1e6 * iteration:,.0f} | "
-                      f"{iteration / floor:.2f} | {took['evaluations'] / iteration / 10:.1f} % |",
-                      flush=True)
+                yield (f"{name}{kind} | {1e6 * floor:,.0f} | {1e6 * iteration:,.0f} | "
+                       f"{iteration / floor:.2f} | {took['evaluations'] / iteration / 10:.1f} %")
+
+
+def print_times(device: str) -> None:
+    """time_block of each block as a table, and the peak memory."""
+    print(f"torch {torch.__version__} on {device}, {torch.get_num_threads()} threads\n\n"
+          "| block | floor, us | iteration, us | ratio | five evaluations, of 1,000 iterations |\n"
+          "|---|---|---|---|---|")
+    for row in rows(device):
+        print(f"| {row} |", flush=True)
     print(f"\nPeak memory: {peak_memory(device)}")
 
 

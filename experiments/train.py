@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 import models
+from experiments import pretrained
 
 
 def train(net: nn.Module, batch: Callable, steps: int, lr: float) -> nn.Module:
@@ -115,11 +116,8 @@ def llama(vocabulary: int, context: int, layers: int, heads: int, width: int) ->
     """transformers' LLaMA (RMS norm, rotary positions, gated MLP, no biases) as a list of blocks,
     with the start of its weights. heads share keys and values in pairs. ImportError: no
     transformers."""
-    try:
-        from transformers import LlamaConfig, LlamaForCausalLM
-    except ImportError as error:
-        raise ImportError("a LLaMA needs `pip install transformers`") from error
-    net = LlamaForCausalLM(LlamaConfig(
+    transformers = pretrained.need("transformers")
+    net = transformers.LlamaForCausalLM(transformers.LlamaConfig(
         vocab_size=vocabulary, hidden_size=width, intermediate_size=8 * width // 3,
         num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=heads // 2,
         max_position_embeddings=context, tie_word_embeddings=False))
