@@ -92,12 +92,11 @@ def code_range(bits: int, symmetric: bool, name: str = "bits") -> tuple[int, int
 
 @torch.no_grad()
 def search_range(W: Tensor, bits: int, symmetric: bool = True, per_channel: bool = False,
-                 p: float = 2.4) -> tuple[Tensor, Tensor]:
+                 p: float = 2.0) -> tuple[Tensor, Tensor]:
     """Find the grid that minimises sum |W - W_hat|^p under round to nearest.
 
     The paper minimises ||W - W_hat||^2, which is p = 2. BRECQ and the authors' code take 2.4,
-    which weighs the clipped outliers more. We measured both, and 3, in experiments/README.md:
-    round to nearest depends on p very much, and after learning little of that is left.
+    which weighs the clipped outliers more. See also search_outputs.
 
     Args:
         W: (C_out, C_in) or (C_out, C_in, H, W), floating point.
@@ -113,43 +112,99 @@ def search_range(W: Tensor, bits: int, symmetric: bool = True, per_channel: bool
     lo, hi = code_range(bits, symmetric)
     if p is None or not 0 < p < math.inf:
         raise ValueError(f"p = {p!r}: a positive number is allowed")
+    check_weight(W)
+    rows = channel_rows(W, per_channel)                              # (grids, weights of a grid)
+    # We take 64 channels at a time, because the temporaries then stay in the processor's cache.
+    found = [_search_weights(part, W.dtype, lo, hi, symmetric, p) for part in rows.split(64)]
+    shape = (len(W),) + (1,) * (W.dim() - 1) if per_channel else ()
+    return tuple(torch.cat(parts).reshape(shape) for parts in zip(*found, strict=True))
+
+
+@torch.no_grad()
+def search_outputs(layer: nn.Module, inputs: list[Tensor], bits: int, symmetric: bool = True,
+                   per_channel: bool = False) -> tuple[Tensor, Tensor]:
+    """Find the grid that minimises the squared error of a layer's *output* under round to nearest.
+
+    A step that is good for the weights can be bad for what the layer computes. A depthwise layer
+    shows it best: a few large channels ask for a large step, and most other weights then round to
+    zero. So a method that keeps s1 where it starts needs a start that knows the inputs.
+
+    Args:
+        layer: an nn.Linear or nn.Conv2d, float. inputs: what it was called with, float, a list.
+
+    Returns and raises as search_range.
+    """
+    lo, hi = code_range(bits, symmetric)
+    W = layer.weight.detach()
+    check_weight(W)
+    shape = (len(W),) + (1,) * (W.dim() - 1) if per_channel else ()
+    targets = [layer(x) for x in inputs]
+    rows = channel_rows(W, per_channel)
+
+    def error(log_s1, z):
+        s1, z = log_s1.exp().reshape(shape), z.reshape(shape)
+        W_hat = s1 * (W / s1).round().clamp(lo - z, hi - z)
+        total = 0
+        for x, y in zip(inputs, targets, strict=True):
+            y_hat = torch.func.functional_call(layer, {"weight": W_hat.to(W.dtype)}, (x,))
+            # (C_out, everything else): channels are dim 1 of a convolution's output, else the last
+            off = (y_hat - y).movedim(1 if W.dim() == 4 else -1, 0).flatten(1)
+            total = total + off.square().sum(1, keepdim=True, dtype=log_s1.dtype)
+        return total if per_channel else total.sum(0, keepdim=True)
+
+    log_s1, z = best_grid(rows, W.dtype, lo, hi, symmetric, error)
+    return log_s1.reshape(shape), z.reshape(shape)
+
+
+def check_weight(W: Tensor) -> None:
+    """ValueError: W is not a weight that we can quantize."""
     if W.dim() not in (2, 4) or W.numel() == 0 or not W.is_floating_point():
         raise ValueError(f"W is {W.dtype} of shape {tuple(W.shape)}: the floating-point weight of "
                          "a linear layer (2-D) or a 2-D convolution (4-D), not empty, is allowed")
     if not torch.isfinite(W).all():
         raise ValueError("W holds NaN or infinity: only finite weights can be quantized")
-    rows = W.detach().flatten(1) if per_channel else W.detach().reshape(1, -1)    # (channels, n)
-    rows = rows.float() if W.dtype in (torch.float16, torch.bfloat16) else rows
-    # We take 64 channels at a time, because the temporaries then stay in the processor's cache.
-    found = [_search_rows(part, W.dtype, lo, hi, symmetric, p) for part in rows.split(64)]
-    shape = (len(W),) + (1,) * (W.dim() - 1) if per_channel else ()
-    return tuple(torch.cat(parts).reshape(shape) for parts in zip(*found, strict=True))
 
 
-def _search_rows(rows: Tensor, dtype: torch.dtype, lo: int, hi: int, symmetric: bool, p: float):
-    """search_range for each row of (C, n) on its own. Returns log_s1 and zero_point, (C, 1).
+def channel_rows(W: Tensor, per_channel: bool) -> Tensor:
+    """W as (grids, weights that share a grid), at least in float32."""
+    rows = W.detach().flatten(1) if per_channel else W.detach().reshape(1, -1)
+    return rows.to(torch.promote_types(W.dtype, torch.float32))
 
-    We start at min-max, the smallest grid that clips nothing, and shrink it: the best of 32 steps
-    of 10 %, then the best of 14 finer steps around that. On an asymmetric grid the two ends shrink
-    together first, and then each alone. Min-max is a candidate, so the result is never worse. The
-    range always holds 0, because zero_point has to be a code.
+
+def _search_weights(rows: Tensor, dtype: torch.dtype, lo: int, hi: int, symmetric: bool, p: float):
+    """search_range for each row of (C, n) on its own. Returns log_s1 and zero_point, (C, 1)."""
+    width = rows.amax(1, keepdim=True).clamp(min=0) - rows.amin(1, keepdim=True).clamp(max=0)
+    unit = torch.where(width > 0, width, 1.0)                        # keeps |error|^p in range
+
+    def error(log_s1, z):
+        s1 = log_s1.exp().to(rows.dtype)
+        W_hat = (rows / s1).round_().clamp_(lo - z, hi - z).mul_(s1)
+        return W_hat.sub_(rows).div_(unit).abs_().pow_(p).sum(1, keepdim=True)
+
+    return best_grid(rows, dtype, lo, hi, symmetric, error)
+
+
+def best_grid(rows: Tensor, dtype: torch.dtype, lo: int, hi: int, symmetric: bool, error):
+    """The grid of each row of (C, n) with the smallest error. Returns log_s1, zero_point, (C, 1).
+
+    error(log_s1, zero_point) is called with tensors (C, 1) and returns (C, 1). We start at min-max,
+    the smallest grid that clips nothing, and shrink it: the best of 32 steps of 10 %, then the best
+    of 14 finer steps around that. On an asymmetric grid the two ends shrink together first, and
+    then each alone. Min-max is a candidate, so the result is never worse. The range always holds 0,
+    because zero_point has to be a code.
     """
     bottom = rows.amin(1, keepdim=True).clamp(max=0)                 # (C, 1)
     top = rows.amax(1, keepdim=True).clamp(min=0)                    # (C, 1)
     best = torch.full_like(bottom, math.inf)
     shrink_bottom = shrink_top = torch.ones_like(bottom)
-    log_s1 = zero_point = torch.zeros_like(bottom)
-    unit = torch.where(top > bottom, top - bottom, 1.0)              # keeps |error|^p in range
 
-    def score(bottom, top):
+    def grid(bottom, top):
         s1 = torch.maximum(top / hi, bottom / lo) if symmetric else (top - bottom) / (hi - lo)
         s1 = torch.where(s1 > 0, s1, 1.0)                            # all zero: a finite logarithm
         log_s1 = s1.log().to(dtype)
         s1 = log_s1.exp().to(rows.dtype)                             # as it will be used
         z = torch.zeros_like(s1) if symmetric else (-bottom / s1).round().clamp(lo, hi)
-        W_hat = (rows / s1).round_().clamp_(lo - z, hi - z).mul_(s1)
-        error = W_hat.sub_(rows).div_(unit).abs_().pow_(p).sum(1, keepdim=True)
-        return log_s1.to(rows.dtype), z, error
+        return log_s1, z
 
     coarse = [0.9 ** i for i in range(32)]                           # down to 4 % of min-max
     fine = [0.9 ** (i / 8) for i in range(-7, 8) if i]               # steps of 1.3 %
@@ -160,14 +215,13 @@ def _search_rows(rows: Tensor, dtype: torch.dtype, lo: int, hi: int, symmetric: 
             for step in steps:
                 a = from_bottom * step if move_bottom else from_bottom
                 b = from_top * step if move_top else from_top
-                candidate, z, error = score(bottom * a, top * b)
-                better = error < best
-                best = torch.where(better, error, best)
-                log_s1 = torch.where(better, candidate, log_s1)
-                zero_point = torch.where(better, z, zero_point)
+                found = error(*grid(bottom * a, top * b))
+                better = found < best
+                best = torch.where(better, found, best)
                 shrink_bottom = torch.where(better, a, shrink_bottom)
                 shrink_top = torch.where(better, b, shrink_top)
-    return log_s1.to(dtype), zero_point.to(torch.int32)
+    log_s1, zero_point = grid(bottom * shrink_bottom, top * shrink_top)
+    return log_s1, zero_point.to(torch.int32)
 
 
 # ---- The quantizers: one interface, four rules ---------------------------------------------------
@@ -184,17 +238,21 @@ class RoundToNearest(nn.Module):
         symmetric: codes -2^(b-1)..2^(b-1)-1 and zero_point 0, or codes 0..2^b-1 and a zero_point.
         per_channel: one s1 (and zero_point) for each output channel, or one for all of W.
         p: exponent of the error that the starting s1 minimises. ValueError as search_range.
+        grid: log_s1 and zero_point to start from, as search_outputs finds them. None: search_range.
     """
 
     learns_s1 = False
     default_lr = 1e-3                # first rate of Adam. A rule that learns should have its own
+    default_s1_lr = None             # first rate of log s1, if it is another one
 
     def __init__(self, W: Tensor, bits: int, symmetric: bool = True, per_channel: bool = False, *,
-                 p: float = 2.4):
+                 p: float = 2.0, grid: tuple[Tensor, Tensor] | None = None):
         super().__init__()
         self.lo, self.hi = code_range(bits, symmetric)
         self.bits, self.symmetric, self.per_channel = bits, symmetric, per_channel
-        log_s1, zero_point = search_range(W, bits, symmetric, per_channel, p)
+        if grid is None:
+            grid = search_range(W, bits, symmetric, per_channel, p)
+        log_s1, zero_point = grid
         if self.learns_s1:
             self.log_s1 = nn.Parameter(log_s1)
         else:
@@ -239,8 +297,8 @@ class AdaRound(RoundToNearest):
 
     default_lr = 0.3                 # V is a logit: Adam moves it by lr * iterations / 2 at most
 
-    def __init__(self, W, bits, symmetric=True, per_channel=False, *, p=2.4):
-        super().__init__(W, bits, symmetric, per_channel, p=p)
+    def __init__(self, W, bits, symmetric=True, per_channel=False, **start):
+        super().__init__(W, bits, symmetric, per_channel, **start)
         u = W.detach() / self.s1
         # The inverse of h. With atanh the sign of V is the sign of (fraction - 0.5) exactly.
         self.V = nn.Parameter(2 * torch.atanh((u - u.floor() - 0.5) / 0.6))    # W's shape
@@ -258,9 +316,10 @@ class AdaRound(RoundToNearest):
 
     @staticmethod
     def schedule(t: float) -> tuple[float, float]:
-        """Weight and exponent beta of the regulariser at t = iteration / iterations: none for the
-        first fifth, then 0.01 while beta falls from 20 to 2. BRECQ's settings, as in the paper."""
-        return (0.0, 20.0) if t < 0.2 else (0.01, 20 - 18 * (t - 0.2) / 0.8)
+        """Weight (a share of the full one) and exponent beta of the regulariser at t = iteration /
+        iterations: none for the first fifth, then all of it while beta falls from 20 to 2. This is
+        BRECQ's schedule, as in the paper."""
+        return (0.0, 20.0) if t < 0.2 else (1.0, 20 - 18 * (t - 0.2) / 0.8)
 
     def regulariser(self, beta: float) -> Tensor:
         """sum of 1 - |2 h(V) - 1|^beta, a scalar. It is 0 once every h is 0 or 1."""
@@ -276,8 +335,8 @@ class AdaQuant(RoundToNearest):
 
     learns_s1, default_lr = True, 1e-3
 
-    def __init__(self, W, bits, symmetric=True, per_channel=False, *, p=2.4):
-        super().__init__(W, bits, symmetric, per_channel, p=p)
+    def __init__(self, W, bits, symmetric=True, per_channel=False, **start):
+        super().__init__(W, bits, symmetric, per_channel, **start)
         self.V = nn.Parameter(torch.zeros_like(W))                   # W's shape
 
     def integers(self, W):
@@ -332,10 +391,10 @@ class FlexRound(RoundToNearest):
 
     default_lr = 8e-3
 
-    def __init__(self, W, bits, symmetric=True, per_channel=False, *, p=2.4, learn_s1: bool = True,
-                 use_s3_s4: bool = True):
+    def __init__(self, W, bits, symmetric=True, per_channel=False, *, learn_s1: bool = True,
+                 use_s3_s4: bool = True, **start):
         self.learns_s1 = learn_s1                                    # read by super().__init__
-        super().__init__(W, bits, symmetric, per_channel, p=p)
+        super().__init__(W, bits, symmetric, per_channel, **start)
         C_out, C_in, *kernel = W.shape
         ones = [1] * len(kernel)
         self.log_S2 = nn.Parameter(torch.zeros_like(W))              # log 1 = 0
@@ -396,7 +455,7 @@ class LSQ(nn.Module):
         self.register_buffer("zero_point", zero_point.clone())
 
     @classmethod
-    def of(cls, x: Tensor, bits: int, symmetric: bool = True, p: float = 2.4, drop: float = 0.0,
+    def of(cls, x: Tensor, bits: int, symmetric: bool = True, p: float = 2.0, drop: float = 0.0,
            negative: bool = False):
         """An LSQ for calibration inputs x, any shape. ValueError as search_range.
 
@@ -462,8 +521,8 @@ def quantizers(module: nn.Module) -> dict[str, RoundToNearest]:
             and isinstance(layer.parametrizations.weight[0], RoundToNearest)}
 
 
-def quantize_layers(block: nn.Module, config, layer_bits: dict[str, int] | None = None, skip=()
-                    ) -> dict[str, RoundToNearest]:
+def quantize_layers(block: nn.Module, config, layer_bits: dict[str, int] | None = None, skip=(),
+                    x: Tensor | None = None) -> dict[str, RoundToNearest]:
     """Put a quantizer on the weight of each nn.Linear and nn.Conv2d of a block, in place.
 
     W_hat starts as round to nearest's (AdaRound's in eval mode). fold() makes it permanent. We make
@@ -474,6 +533,7 @@ def quantize_layers(block: nn.Module, config, layer_bits: dict[str, int] | None 
         config: a reconstruct.ReconstructionConfig: method, bits, grid and FlexRound's switches.
         layer_bits: the bits of single layers, by their name within the block.
         skip: names within the block that stay as they are.
+        x: (N, ...) float inputs of the block. Needed for config.start = "outputs".
 
     Returns the quantizers by the name of their layer. ValueError: layer_bits names an unknown
     layer, or as quantizable_layers and search_range.
@@ -485,11 +545,39 @@ def quantize_layers(block: nn.Module, config, layer_bits: dict[str, int] | None 
     rule, own = METHODS[config.method], {}
     if issubclass(rule, FlexRound):
         own = {"learn_s1": config.learn_s1, "use_s3_s4": config.use_s3_s4}
-    made = {name: rule(layer.weight, layer_bits.get(name, config.bits), config.symmetric,
-                       config.per_channel, p=config.p, **own) for name, layer in layers.items()}
+    called = {}
+    if config.start == "outputs":
+        if x is None:
+            raise ValueError("start = 'outputs' needs x, float inputs of the block")
+        called = layer_inputs(block, layers, x)
+    made = {}
+    for name, layer in layers.items():
+        bits, grid = layer_bits.get(name, config.bits), None
+        if called.get(name):                                         # else as start = "weights"
+            grid = search_outputs(layer, called[name], bits, config.symmetric, config.per_channel)
+        made[name] = rule(layer.weight, bits, config.symmetric, config.per_channel, p=config.p,
+                          grid=grid, **own)
     for name, quantizer in made.items():
         parametrize.register_parametrization(layers[name], "weight", quantizer)
     return made
+
+
+@torch.no_grad()
+def layer_inputs(block: nn.Module, layers: dict[str, nn.Module], x: Tensor) -> dict:
+    """What each layer of a block takes when the block runs on x: {name: [input of each call]}."""
+    seen = {name: [] for name in layers}
+    handles = []
+    for name, layer in layers.items():
+        def look(_, args, name=name):
+            if args:
+                seen[name].append(args[0].clone())
+        handles.append(layer.register_forward_pre_hook(look))
+    try:
+        block(x.clone())                                             # it may work in place
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
 
 
 def quantize_input(layer, args):
@@ -504,7 +592,7 @@ def place_input_quantizer(layer: nn.Module, quantizer: LSQ) -> None:
 
 
 def quantize_inputs(block: nn.Module, x: Tensor, bits: dict[str, int], symmetric: bool = True,
-                    p: float = 2.4, drop: float = 0.0, more=()) -> dict[str, LSQ]:
+                    p: float = 2.0, drop: float = 0.0, more=()) -> dict[str, LSQ]:
     """Quantize what single layers of a block take as input, in place: each layer gets an LSQ.
 
     We round what a layer multiplies its weight with. Shortcuts and their additions, the two

@@ -50,6 +50,8 @@ import flexround
 from flexround import METHODS, code_range, input_quantizers, quantizable_layers, quantizers
 
 STEP_LR = 4e-4           # first rate of activations' steps: section 4's in B. In Q it has 4e-5
+REG_WEIGHT = 1.0
+START_INPUTS = 64                    # of calibration, for start = "outputs"
 QDROP = 0.5                          # section 4: with this probability Q keeps a float value
 
 
@@ -61,12 +63,15 @@ class ReconstructionConfig:
     bits: int = 4                    # of a weight, 2 to 8. The paper's CNNs have 4, 3 and 2
     symmetric: bool = True           # the grid. In the paper it is symmetric for CNNs only
     per_channel: bool = False        # an s1 for each output channel. In the paper LLaMA only
-    p: float = 2.4                   # exponent of the range search. The paper has 2
+    start: str = "weights"           # s1 starts at the smallest error of W, or of layers' "outputs"
+    p: float = 2.0                   # exponent of the weights' error. 2 is the paper's
     learn_s1: bool = True            # FlexRound only. False is ablation 1 of Table 1
     use_s3_s4: bool = True           # FlexRound only. False is ablation 2 of Table 1
     iterations: int = 1000           # per block. Section 4: 5,000 for CNNs, 500 for language models
     batch_size: int = 32             # inputs per iteration. 32 is BRECQ's for CNNs
     lr: float | None = None          # first rate. None is the method's default_lr
+    s1_lr: float | None = None       # of log s1. None is the method's default_s1_lr, or lr
+    reg_weight: float | None = None  # AdaRound's regulariser, see make_iteration
     seed: int = 0                    # of the batches, and of what is dropped
     input_drop: float = 0.0          # share of x_fp in a block's input. 0 is X_tilde, 1 is X
     abits: int | None = None         # of what each quantized layer takes as input. None is float
@@ -82,11 +87,12 @@ class ReconstructionConfig:
         for name, ok, allowed in [
                 ("method", self.method in METHODS, " or ".join(METHODS)),
                 *((name, own[name] is None or 0 < own[name] < math.inf, "a positive number")
-                  for name in ("p", "lr", "step_lr")),
+                  for name in ("p", "lr", "step_lr", "s1_lr", "reg_weight")),
                 *((name, type(own[name]) is int and least <= own[name] < 2 ** 32,
                    f"an integer from {least} to 2^32 - 1")
                   for name, least in (("iterations", 1), ("batch_size", 1), ("seed", 0))),
                 ("input_drop", 0 <= self.input_drop <= 1, "a probability from 0 to 1"),
+                ("start", self.start in ("weights", "outputs"), "weights or outputs"),
                 ("setting", self.setting in ("B", "Q"), "B or Q")]:
             if not ok:
                 raise ValueError(f"{name} = {own[name]!r}: {allowed} is allowed")
@@ -125,7 +131,11 @@ class BlockReport:
     abits: dict[str, int] = field(default_factory=dict)    # of each quantized layer's input
 
     def __str__(self):
-        hint = ": no gain, try a smaller rate" * (self.history != [] and self.best_iteration == 0)
+        hint, done = "", len(self.history)
+        if done and self.best_iteration == 0:
+            hint = ": no gain, try a smaller rate"
+        elif self.best_iteration < done:
+            hint = f", kept the state after {self.best_iteration} of {done} iterations"
         return f"loss {self.start_loss:.3g} -> {self.final_loss:.3g} in {self.seconds:.1f} s{hint}"
 
 
@@ -189,7 +199,7 @@ def reconstruct_block(block: nn.Module, x_q: Tensor, y_fp: Tensor, config: Recon
     best = initial = [p.detach().clone() for p in learned]
     with learning(block, learned, 1000 * config.seed + index):       # a seed for each block
         try:
-            iterate = make_iteration(block, x_q, y_fp, config, x_fp, index) if learned else None
+            iterate = None
             # i counts the iterations that are done, so the start, i = 0, is evaluated as well.
             for i in range(total + 1):
                 if i in marks:
@@ -202,6 +212,8 @@ def reconstruct_block(block: nn.Module, x_q: Tensor, y_fp: Tensor, config: Recon
                         best = [p.detach().clone() for p in learned]
                 if progress and i > 0:
                     progress(i, loss)
+                if i == 0 and total:
+                    iterate = make_iteration(block, x_q, y_fp, config, x_fp, index, loss)
                 if i < total:
                     history[i] = iterate(i)
         except BaseException:                                        # an interrupt, too
@@ -218,7 +230,8 @@ def reconstruct_block(block: nn.Module, x_q: Tensor, y_fp: Tensor, config: Recon
 
 
 def make_iteration(block: nn.Module, x_q: Tensor, y_fp: Tensor, config: ReconstructionConfig,
-                   x_fp: Tensor | None = None, index: int = 0, record=None):
+                   x_fp: Tensor | None = None, index: int = 0, start_loss: float = 1.0,
+                   record=None):
     """Return iterate(i), which runs iteration i (from 0) of a block and returns its batch's loss.
 
     The loss stays on the device as a scalar tensor, so that nothing waits for the device. The rate
@@ -237,12 +250,22 @@ def make_iteration(block: nn.Module, x_q: Tensor, y_fp: Tensor, config: Reconstr
     # tensors that we overwrite, because a recorded step reads the same memory each time.
     lr = METHODS[config.method].default_lr if config.lr is None else config.lr
     step_lr = STEP_LR if config.step_lr is None else config.step_lr
+    s1_lr = METHODS[config.method].default_s1_lr if config.s1_lr is None else config.s1_lr
+    s1_lr = lr if s1_lr is None else s1_lr
+    s1s = [q.log_s1 for q in quantizers(block).values() if q.learns_s1 and factors]
+    others = [p for p in factors if all(p is not s for s in s1s)]
+    count = sum(q.V.numel() for q in regularised)
+    full = REG_WEIGHT if config.reg_weight is None else config.reg_weight
+    full = full * start_loss / max(count, 1)
     cosine = [(1 + math.cos(math.pi * i / total)) / 2 for i in range(total)]
-    changing = torch.tensor([(lr * c, step_lr * c, *flexround.AdaRound.schedule(i / total))
-                             for i, c in enumerate(cosine)], dtype=torch.float32, device=device)
-    rate, step_rate, weight, beta = now = changing[0].clone()        # views of `now`
+    schedule = [flexround.AdaRound.schedule(i / total) for i in range(total)]
+    changing = torch.tensor([(lr * c, step_lr * c, s1_lr * c, full * share, beta)
+                             for c, (share, beta) in zip(cosine, schedule, strict=True)],
+                            dtype=torch.float32, device=device)
+    rate, step_rate, s1_rate, weight, beta = now = changing[0].clone()        # views of `now`
     batch = batches[0].clone()
-    groups = [{"params": p, "lr": r} for p, r in ((factors, rate), (steps, step_rate)) if p]
+    groups = [{"params": p, "lr": r} for p, r in (
+        (others, rate), (s1s, s1_rate), (steps, step_rate)) if p]
     optimizer = torch.optim.Adam(groups, fused=True, capturable=device.type == "cuda")
 
     def drawn(t):
@@ -355,7 +378,8 @@ def _quantize_block(block, x_q, y_fp, x_fp, config, i, bits, abits, home, bar) -
                                       QDROP if config.joint else 0.0, batches)
         if bits is not None:                                         # a tied weight stays float
             skip = set(quantizable_layers(block)) - set(bits[i])
-            flexround.quantize_layers(block, config, bits[i], skip)  # round to nearest so far
+            x = x_fp[:START_INPUTS].to(device_of([block]))
+            flexround.quantize_layers(block, config, bits[i], skip, x)
         report = reconstruct_block(block, x_q, y_fp, config, x_fp if config.drop > 0 else None, i,
                                    lambda *_: bar.update())
     except BaseException:
