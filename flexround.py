@@ -30,12 +30,11 @@ How we differ from the paper, and why
 
 - We store the logarithm of each factor (log_s1, log_S2, ...) and take exp of it. This keeps the
   factor positive, which is all the paper asks for. The authors' code does the same.
-- The paper does not mention clamping, its gradient or zero points. See Clamp and search_range.
-- We start s1 at the minimum of the L_p error with p = 2.4, the paper with p = 2. See search_range.
+- The paper does not mention clamping, its gradient or zero points. See Clamp and best_grid.
+- s1 can start from the smallest error of the layer's output instead of W's. See search_outputs.
 
-How the factors are learned stands in the next file, reconstruct.py.
+The next file, reconstruct.py, shows how the factors are learned.
 """
-import itertools
 import math
 import warnings
 
@@ -80,151 +79,7 @@ class Clamp(torch.autograd.Function):
         return grad * inside, None, None
 
 
-# ---- The grid: how s1 and zero_point start -------------------------------------------------------
-
-def code_range(bits: int, symmetric: bool, name: str = "bits") -> tuple[int, int]:
-    """The first and the last code (lo, hi) of a uniform grid. 3 bits: (-4, 3) or (0, 7). ValueError
-    for bits outside 2..8, under the name that the caller gives them."""
-    if type(bits) is not int or not 2 <= bits <= 8:
-        raise ValueError(f"{name} = {bits!r}: an integer from 2 to 8 is allowed")
-    return (-2 ** (bits - 1), 2 ** (bits - 1) - 1) if symmetric else (0, 2 ** bits - 1)
-
-
-@torch.no_grad()
-def search_range(W: Tensor, bits: int, symmetric: bool = True, per_channel: bool = False,
-                 p: float = 2.0) -> tuple[Tensor, Tensor]:
-    """Find the grid that minimises sum |W - W_hat|^p under round to nearest.
-
-    The paper minimises ||W - W_hat||^2, which is p = 2. BRECQ and the authors' code take 2.4,
-    which weighs the clipped outliers more. See also search_outputs.
-
-    Args:
-        W: (C_out, C_in) or (C_out, C_in, H, W), floating point.
-        per_channel: one grid for each of the C_out output channels instead of one for all of W.
-
-    Returns:
-        log_s1, in W's dtype, and zero_point, int32. Both have the shape () for one grid, and
-        (C_out, 1) or (C_out, 1, 1, 1) for a grid per channel. Weights that are all zero get s1 = 1.
-
-    Raises:
-        ValueError: bits outside 2..8, p not positive, W of another shape, or not finite.
-    """
-    lo, hi = code_range(bits, symmetric)
-    if p is None or not 0 < p < math.inf:
-        raise ValueError(f"p = {p!r}: a positive number is allowed")
-    check_weight(W)
-    rows = channel_rows(W, per_channel)                              # (grids, weights of a grid)
-    # We take 64 channels at a time, because the temporaries then stay in the processor's cache.
-    found = [_search_weights(part, W.dtype, lo, hi, symmetric, p) for part in rows.split(64)]
-    shape = (len(W),) + (1,) * (W.dim() - 1) if per_channel else ()
-    return tuple(torch.cat(parts).reshape(shape) for parts in zip(*found, strict=True))
-
-
-@torch.no_grad()
-def search_outputs(layer: nn.Module, inputs: list[Tensor], bits: int, symmetric: bool = True,
-                   per_channel: bool = False) -> tuple[Tensor, Tensor]:
-    """Find the grid that minimises the squared error of a layer's *output* under round to nearest.
-
-    A step that is good for the weights can be bad for what the layer computes. A depthwise layer
-    shows it best: a few large channels ask for a large step, and most other weights then round to
-    zero. So a method that keeps s1 where it starts needs a start that knows the inputs.
-
-    Args:
-        layer: an nn.Linear or nn.Conv2d, float. inputs: what it was called with, float, a list.
-
-    Returns and raises as search_range.
-    """
-    lo, hi = code_range(bits, symmetric)
-    W = layer.weight.detach()
-    check_weight(W)
-    shape = (len(W),) + (1,) * (W.dim() - 1) if per_channel else ()
-    targets = [layer(x) for x in inputs]
-    rows = channel_rows(W, per_channel)
-
-    def error(log_s1, z):
-        s1, z = log_s1.exp().reshape(shape), z.reshape(shape)
-        W_hat = s1 * (W / s1).round().clamp(lo - z, hi - z)
-        total = 0
-        for x, y in zip(inputs, targets, strict=True):
-            y_hat = torch.func.functional_call(layer, {"weight": W_hat.to(W.dtype)}, (x,))
-            # (C_out, everything else): channels are dim 1 of a convolution's output, else the last
-            off = (y_hat - y).movedim(1 if W.dim() == 4 else -1, 0).flatten(1)
-            total = total + off.square().sum(1, keepdim=True, dtype=log_s1.dtype)
-        return total if per_channel else total.sum(0, keepdim=True)
-
-    log_s1, z = best_grid(rows, W.dtype, lo, hi, symmetric, error)
-    return log_s1.reshape(shape), z.reshape(shape)
-
-
-def check_weight(W: Tensor) -> None:
-    """ValueError: W is not a weight that we can quantize."""
-    if W.dim() not in (2, 4) or W.numel() == 0 or not W.is_floating_point():
-        raise ValueError(f"W is {W.dtype} of shape {tuple(W.shape)}: the floating-point weight of "
-                         "a linear layer (2-D) or a 2-D convolution (4-D), not empty, is allowed")
-    if not torch.isfinite(W).all():
-        raise ValueError("W holds NaN or infinity: only finite weights can be quantized")
-
-
-def channel_rows(W: Tensor, per_channel: bool) -> Tensor:
-    """W as (grids, weights that share a grid), at least in float32."""
-    rows = W.detach().flatten(1) if per_channel else W.detach().reshape(1, -1)
-    return rows.to(torch.promote_types(W.dtype, torch.float32))
-
-
-def _search_weights(rows: Tensor, dtype: torch.dtype, lo: int, hi: int, symmetric: bool, p: float):
-    """search_range for each row of (C, n) on its own. Returns log_s1 and zero_point, (C, 1)."""
-    width = rows.amax(1, keepdim=True).clamp(min=0) - rows.amin(1, keepdim=True).clamp(max=0)
-    unit = torch.where(width > 0, width, 1.0)                        # keeps |error|^p in range
-
-    def error(log_s1, z):
-        s1 = log_s1.exp().to(rows.dtype)
-        W_hat = (rows / s1).round_().clamp_(lo - z, hi - z).mul_(s1)
-        return W_hat.sub_(rows).div_(unit).abs_().pow_(p).sum(1, keepdim=True)
-
-    return best_grid(rows, dtype, lo, hi, symmetric, error)
-
-
-def best_grid(rows: Tensor, dtype: torch.dtype, lo: int, hi: int, symmetric: bool, error):
-    """The grid of each row of (C, n) with the smallest error. Returns log_s1, zero_point, (C, 1).
-
-    error(log_s1, zero_point) is called with tensors (C, 1) and returns (C, 1). We start at min-max,
-    the smallest grid that clips nothing, and shrink it: the best of 32 steps of 10 %, then the best
-    of 14 finer steps around that. On an asymmetric grid the two ends shrink together first, and
-    then each alone. Min-max is a candidate, so the result is never worse. The range always holds 0,
-    because zero_point has to be a code.
-    """
-    bottom = rows.amin(1, keepdim=True).clamp(max=0)                 # (C, 1)
-    top = rows.amax(1, keepdim=True).clamp(min=0)                    # (C, 1)
-    best = torch.full_like(bottom, math.inf)
-    shrink_bottom = shrink_top = torch.ones_like(bottom)
-
-    def grid(bottom, top):
-        s1 = torch.maximum(top / hi, bottom / lo) if symmetric else (top - bottom) / (hi - lo)
-        s1 = torch.where(s1 > 0, s1, 1.0)                            # all zero: a finite logarithm
-        log_s1 = s1.log().to(dtype)
-        s1 = log_s1.exp().to(rows.dtype)                             # as it will be used
-        z = torch.zeros_like(s1) if symmetric else (-bottom / s1).round().clamp(lo, hi)
-        return log_s1, z
-
-    coarse = [0.9 ** i for i in range(32)]                           # down to 4 % of min-max
-    fine = [0.9 ** (i / 8) for i in range(-7, 8) if i]               # steps of 1.3 %
-    ends = [(True, True)] if symmetric else [(True, True), (True, False), (False, True)]
-    for move_bottom, move_top in ends:
-        for steps in (coarse, fine):
-            from_bottom, from_top = shrink_bottom, shrink_top        # what the last sweep found
-            for step in steps:
-                a = from_bottom * step if move_bottom else from_bottom
-                b = from_top * step if move_top else from_top
-                found = error(*grid(bottom * a, top * b))
-                better = found < best
-                best = torch.where(better, found, best)
-                shrink_bottom = torch.where(better, a, shrink_bottom)
-                shrink_top = torch.where(better, b, shrink_top)
-    log_s1, zero_point = grid(bottom * shrink_bottom, top * shrink_top)
-    return log_s1, zero_point.to(torch.int32)
-
-
-# ---- The quantizers: one interface, four rules ---------------------------------------------------
+# ---- The rules: how W becomes W_hat --------------------------------------------------------------
 
 class RoundToNearest(nn.Module):
     """Round to nearest, W_hat = s1 * round(W / s1) (section 2). The other three are subclasses.
@@ -237,26 +92,30 @@ class RoundToNearest(nn.Module):
         bits: 2 to 8.
         symmetric: codes -2^(b-1)..2^(b-1)-1 and zero_point 0, or codes 0..2^b-1 and a zero_point.
         per_channel: one s1 (and zero_point) for each output channel, or one for all of W.
-        p: exponent of the error that the starting s1 minimises. ValueError as search_range.
-        grid: log_s1 and zero_point to start from, as search_outputs finds them. None: search_range.
+        p: exponent of the error of W that the starting s1 minimises, see search_range.
+        grid: (log_s1, zero_point) to start from, as search_outputs finds them. None: search_range.
+
+    ValueError: bits, p or a W that is not allowed, see code_range, search_range and check_weight.
     """
 
     learns_s1 = False
     default_lr = 1e-3                # first rate of Adam. A rule that learns should have its own
-    default_s1_lr = None             # first rate of log s1, if it is another one
+    default_s1_lr = None             # first rate of log s1. None: it is default_lr's
 
     def __init__(self, W: Tensor, bits: int, symmetric: bool = True, per_channel: bool = False, *,
                  p: float = 2.0, grid: tuple[Tensor, Tensor] | None = None):
         super().__init__()
         self.lo, self.hi = code_range(bits, symmetric)
-        self.bits, self.symmetric, self.per_channel = bits, symmetric, per_channel
+        self.bits = bits
+        self.symmetric = symmetric
+        self.per_channel = per_channel
         if grid is None:
             grid = search_range(W, bits, symmetric, per_channel, p)
         log_s1, zero_point = grid
         if self.learns_s1:
             self.log_s1 = nn.Parameter(log_s1)
         else:
-            self.register_buffer("log_s1", log_s1)
+            self.register_buffer("log_s1", log_s1)                   # saved and moved, not learned
         self.register_buffer("zero_point", zero_point)
 
     @property
@@ -283,64 +142,6 @@ class RoundToNearest(nn.Module):
     def codes(self, W: Tensor) -> Tensor:
         """The codes, zero_point included: int32, W's shape, all within [q.lo, q.hi]."""
         return self.integers(W).to(torch.int32) + self.zero_point
-
-
-class AdaRound(RoundToNearest):
-    """Rounding by addition, up or down: W_hat = s1 * (floor(W / s1) + h(V)), Nagel et al. 2020.
-
-    h is the rectified sigmoid, clamp(1.2 sigmoid(V) - 0.1, 0, 1). V starts where h(V) is the
-    fraction that floor cuts off. In train mode W_hat is soft: h lies anywhere between 0 and 1, and
-    a regulariser pushes it to one of them. In eval mode, and in codes(), h is 0 or 1. These hard
-    codes start as round to nearest, except at exact ties, which here always go up. s1 is fixed,
-    because it defines what up and down are.
-    """
-
-    default_lr = 0.3                 # V is a logit: Adam moves it by lr * iterations / 2 at most
-
-    def __init__(self, W, bits, symmetric=True, per_channel=False, **start):
-        super().__init__(W, bits, symmetric, per_channel, **start)
-        u = W.detach() / self.s1
-        # The inverse of h. With atanh the sign of V is the sign of (fraction - 0.5) exactly.
-        self.V = nn.Parameter(2 * torch.atanh((u - u.floor() - 0.5) / 0.6))    # W's shape
-
-    def h(self) -> Tensor:
-        """The rectified sigmoid of V, in [0, 1], W's shape."""
-        return Clamp.apply(1.2 * torch.sigmoid(self.V) - 0.1, 0, 1)
-
-    def integers(self, W, soft: bool = False):
-        up = self.h() if soft else (self.V >= 0).to(W.dtype)
-        return Clamp.apply(torch.floor(W / self.s1) + up, *self.bounds)
-
-    def forward(self, W):
-        return self.s1 * self.integers(W, soft=self.training)
-
-    @staticmethod
-    def schedule(t: float) -> tuple[float, float]:
-        """Weight (a share of the full one) and exponent beta of the regulariser at t = iteration /
-        iterations: none for the first fifth, then all of it while beta falls from 20 to 2. This is
-        BRECQ's schedule, as in the paper."""
-        return (0.0, 20.0) if t < 0.2 else (1.0, 20 - 18 * (t - 0.2) / 0.8)
-
-    def regulariser(self, beta: float) -> Tensor:
-        """sum of 1 - |2 h(V) - 1|^beta, a scalar. It is 0 once every h is 0 or 1."""
-        return (1 - (2 * self.h() - 1).abs().pow(beta)).sum()
-
-
-class AdaQuant(RoundToNearest):
-    """Rounding by addition, anywhere: W_hat = s1 * round((W + V) / s1), Hubara et al. 2021.
-
-    V has W's shape and W's units and starts at zeros. s1 is learned with it. With G = dL/dW_hat we
-    have dL/dV = inside G: it does not matter how large the weight is, which is the paper's point.
-    """
-
-    learns_s1, default_lr = True, 1e-3
-
-    def __init__(self, W, bits, symmetric=True, per_channel=False, **start):
-        super().__init__(W, bits, symmetric, per_channel, **start)
-        self.V = nn.Parameter(torch.zeros_like(W))                   # W's shape
-
-    def integers(self, W):
-        return Clamp.apply(Round.apply((W + self.V) / self.s1), *self.bounds)
 
 
 class Division(torch.autograd.Function):
@@ -374,7 +175,7 @@ class FlexRound(RoundToNearest):
     """Rounding by division: W_hat = s1 * round(W / (s1 * S2 * s3 * s4)), Eqs. 1 and 2.
 
     S2 has a scale for each weight, s3 one for each output channel, and s4 (convolutions only) one
-    for each input channel. Their shapes and starts stand at the head of this file.
+    for each input channel. The head of this file has their shapes and starts.
 
     Proposition 3.1 (the reciprocal rule): with S' = S2 * s3 (* s4), a weight inside the grid has
     dL/dS' = -(W / S'^2) * dL/dW_hat. So the gradient grows with the weight. Spelled out, with
@@ -428,11 +229,374 @@ class FlexRound(RoundToNearest):
         return Division.apply(W, S, *self.bounds)    # Eq. 1: round(W / S). forward multiplies by s1
 
 
+class AdaRound(RoundToNearest):
+    """Rounding by addition, up or down: W_hat = s1 * (floor(W / s1) + h(V)), Nagel et al. 2020.
+
+    h is the rectified sigmoid, clamp(1.2 sigmoid(V) - 0.1, 0, 1). V starts where h(V) is the
+    fraction that floor cuts off. In train mode W_hat is soft: h lies anywhere between 0 and 1, and
+    a regulariser pushes it to one of them. In eval mode, and in codes(), h is 0 or 1. These hard
+    codes start as round to nearest, except at exact ties, which here always go up. s1 is fixed,
+    because it defines what up and down are. So AdaRound depends on a good start of s1.
+
+    The regulariser has a weight. In the paper it is BRECQ's 0.01, in the unit of the loss. A block
+    whose loss is a thousand times larger would then need another weight, because nothing would
+    close h. So our weight is a multiple of round to nearest's loss, divided among the weights of
+    the block. We searched it (experiments/SEARCHES.md). Above a thousand it hardly matters.
+    """
+
+    default_lr = 0.3                 # V is a logit: Adam moves it by lr * iterations / 2 at most
+    default_reg_weight = 1e4         # of the regulariser, see reconstruct.make_iteration
+
+    def __init__(self, W, bits, symmetric=True, per_channel=False, **start):
+        super().__init__(W, bits, symmetric, per_channel, **start)
+        u = W.detach() / self.s1
+        # The inverse of h. With atanh the sign of V is the sign of (fraction - 0.5) exactly.
+        self.V = nn.Parameter(2 * torch.atanh((u - u.floor() - 0.5) / 0.6))    # W's shape
+
+    def h(self) -> Tensor:
+        """The rectified sigmoid of V, in [0, 1], W's shape."""
+        return Clamp.apply(1.2 * torch.sigmoid(self.V) - 0.1, 0, 1)
+
+    def integers(self, W, soft: bool = False):
+        up = self.h() if soft else (self.V >= 0).to(W.dtype)
+        return Clamp.apply(torch.floor(W / self.s1) + up, *self.bounds)
+
+    def forward(self, W):
+        return self.s1 * self.integers(W, soft=self.training)
+
+    @staticmethod
+    def schedule(t: float) -> tuple[float, float]:
+        """Weight (a share of the full one) and exponent beta of the regulariser at t = iteration /
+        iterations: none for the first fifth, then all of it while beta falls from 20 to 2. This is
+        BRECQ's schedule, as in the paper."""
+        return (0.0, 20.0) if t < 0.2 else (1.0, 20 - 18 * (t - 0.2) / 0.8)
+
+    def regulariser(self, beta: float) -> Tensor:
+        """sum of 1 - |2 h(V) - 1|^beta, a scalar. It is 0 once every h is 0 or 1. A large beta
+        lets all h alone that are not close to 0 or 1 already, a small one moves all of them."""
+        return (1 - (2 * self.h() - 1).abs().pow(beta)).sum()
+
+
+class AdaQuant(RoundToNearest):
+    """Rounding by addition, anywhere: W_hat = s1 * round((W + V) / s1), Hubara et al. 2021.
+
+    V has W's shape and W's units and starts at zeros. s1 is learned with it, at a rate of its own,
+    because V is a weight and log s1 a logarithm: what is a large step for one is a small step for
+    the other. With G = dL/dW_hat we have dL/dV = inside G: it does not matter how large the weight
+    is, which is the paper's point.
+    """
+
+    learns_s1 = True
+    default_lr = 1e-3
+    default_s1_lr = 1.6e-2
+
+    def __init__(self, W, bits, symmetric=True, per_channel=False, **start):
+        super().__init__(W, bits, symmetric, per_channel, **start)
+        self.V = nn.Parameter(torch.zeros_like(W))                   # W's shape
+
+    def integers(self, W):
+        return Clamp.apply(Round.apply((W + self.V) / self.s1), *self.bounds)
+
+
 METHODS = {"rtn": RoundToNearest, "adaround": AdaRound, "adaquant": AdaQuant,
            "flexround": FlexRound}
 
 
-# ---- Activations: a learned step size (LSQ) ------------------------------------------------------
+# ---- The grid: how s1 and zero_point start -------------------------------------------------------
+#
+# All methods start from the same grid. There are two ways to choose it. The paper's is the step
+# with the smallest error of the *weights* (search_range). The other is the step with the smallest
+# error of the layer's *output* on a few inputs (search_outputs).
+
+def code_range(bits: int, symmetric: bool, name: str = "bits") -> tuple[int, int]:
+    """The first and the last code (lo, hi) of a uniform grid. 3 bits: (-4, 3) or (0, 7). ValueError
+    for bits outside 2..8, under the name that the caller gives them."""
+    if type(bits) is not int or not 2 <= bits <= 8:
+        raise ValueError(f"{name} = {bits!r}: an integer from 2 to 8 is allowed")
+    return (-2 ** (bits - 1), 2 ** (bits - 1) - 1) if symmetric else (0, 2 ** bits - 1)
+
+
+def check_weight(W: Tensor, name: str = "W") -> None:
+    """ValueError: W is not a weight that we can quantize.
+
+    Half precision is not allowed. Adam's steps of a logarithm are too small for bfloat16, and in
+    float16 its squares overflow. Call .float() on the network first, and cast it after fold().
+    """
+    if W.dim() not in (2, 4) or W.numel() == 0 or not W.is_floating_point():
+        raise ValueError(f"{name} is {W.dtype} of shape {tuple(W.shape)}: the floating-point "
+                         "weight of a linear layer (2-D) or a 2-D convolution (4-D), not empty, "
+                         "is allowed")
+    if W.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"{name} is in {W.dtype}: float32 or float64 is allowed, use .float()")
+    if not torch.isfinite(W).all():
+        raise ValueError(f"{name} holds NaN or infinity: only finite weights can be quantized")
+
+
+@torch.no_grad()
+def search_range(W: Tensor, bits: int, symmetric: bool = True, per_channel: bool = False,
+                 p: float = 2.0) -> tuple[Tensor, Tensor]:
+    """Find the grid with the smallest error of the weights, sum |W - W_hat|^p, by round to nearest.
+
+    The paper minimises ||W - W_hat||^2, which is p = 2. BRECQ and the authors' code take 2.4,
+    which gives the few large weights more say.
+
+    Args:
+        W: (C_out, C_in) or (C_out, C_in, H, W), floating point.
+        per_channel: one grid for each of the C_out output channels instead of one for all of W.
+
+    Returns:
+        log_s1, in W's dtype, and zero_point, int32. Both have the shape () for one grid, and
+        (C_out, 1) or (C_out, 1, 1, 1) for a grid per channel. Weights that are all zero get s1 = 1.
+
+    Raises:
+        ValueError: bits outside 2..8, p not positive, or W as check_weight.
+    """
+    lo, hi = code_range(bits, symmetric)
+    if p is None or not 0 < p < math.inf:
+        raise ValueError(f"p = {p!r}: a positive number is allowed")
+    check_weight(W)
+    rows = W.detach().flatten(1) if per_channel else W.detach().reshape(1, -1)
+    width = rows.amax(1, keepdim=True).clamp(min=0) - rows.amin(1, keepdim=True).clamp(max=0)
+    unit = torch.where(width > 0, width, 1.0)                        # keeps |error|^p in range
+
+    def error(log_s1, z):
+        s1 = log_s1.exp()
+        W_hat = (rows / s1).round_().clamp_(lo - z, hi - z).mul_(s1)
+        return W_hat.sub_(rows).div_(unit).abs_().pow_(p).sum(1, keepdim=True)
+
+    return shaped(best_grid(rows, lo, hi, symmetric, error), W, per_channel)
+
+
+@torch.no_grad()
+def search_outputs(layer: nn.Module, inputs: list[Tensor], bits: int, symmetric: bool = True,
+                   per_channel: bool = False) -> tuple[Tensor, Tensor]:
+    """Find the grid with the smallest squared error of the layer's output, by round to nearest.
+
+    A step that is good for the weights can be bad for what the layer computes. Depthwise layers
+    show it best: a few large channels ask for a large step, and most weights of the other channels
+    then round to zero. AdaRound can make such a weight 0 or 1 step and nothing else. So a method
+    that keeps s1 where it starts needs a start that knows the inputs.
+
+    Args:
+        layer: an nn.Linear or nn.Conv2d, float.
+        inputs: what the layer was called with, one tensor a call, see layer_inputs.
+
+    Returns and raises as search_range.
+    """
+    lo, hi = code_range(bits, symmetric)
+    W = layer.weight.detach()
+    check_weight(W)
+    rows = W.flatten(1) if per_channel else W.reshape(1, -1)
+    targets = [layer(x) for x in inputs]
+    channel = 1 if W.dim() == 4 else -1
+
+    def error(log_s1, z):
+        log_s1, z = shaped((log_s1, z), W, per_channel)
+        s1 = log_s1.exp()
+        W_hat = s1 * (W / s1).round().clamp(lo - z, hi - z)
+        total = 0
+        for x, y in zip(inputs, targets, strict=True):
+            y_hat = torch.func.functional_call(layer, {"weight": W_hat}, (x,))
+            off = (y_hat - y).movedim(channel, 0).flatten(1)         # (C_out, all else)
+            total = total + off.square().sum(1, keepdim=True)        # W[c] makes output channel c
+        return total if per_channel else total.sum(0, keepdim=True)
+
+    return shaped(best_grid(rows, lo, hi, symmetric, error), W, per_channel)
+
+
+def best_grid(rows: Tensor, lo: int, hi: int, symmetric: bool, error) -> tuple[Tensor, Tensor]:
+    """The grid of each row of (C, n) with the smallest error: log_s1 and zero_point, (C, 1).
+
+    error(log_s1, zero_point) takes two tensors (C, 1) and returns one. We start at min-max, the
+    smallest grid that clips nothing, and shrink it: the best of 32 steps of 10 %, then the best of
+    14 finer steps around that. On an asymmetric grid the two ends shrink together first, and then
+    each alone. Min-max is a candidate, so the result is never worse. The range always holds 0,
+    because zero_point has to be a code.
+    """
+    bottom = rows.amin(1, keepdim=True).clamp(max=0)                 # (C, 1)
+    top = rows.amax(1, keepdim=True).clamp(min=0)                    # (C, 1)
+
+    def grid(shrink_bottom, shrink_top):
+        low, high = bottom * shrink_bottom, top * shrink_top
+        s1 = torch.maximum(high / hi, low / lo) if symmetric else (high - low) / (hi - lo)
+        log_s1 = torch.where(s1 > 0, s1, 1.0).log()                  # all zero: a finite logarithm
+        z = torch.zeros_like(s1)
+        if not symmetric:
+            z = (-low / log_s1.exp()).round().clamp(lo, hi)
+        return log_s1, z
+
+    coarse = [0.9 ** i for i in range(32)]                           # down to 4 % of min-max
+    fine = [0.9 ** (i / 8) for i in range(-7, 8) if i != 0]          # steps of 1.3 %
+    together = [(True, True)]                                        # which ends shrink
+    ends = together if symmetric else [*together, (True, False), (False, True)]
+    least = torch.full_like(bottom, math.inf)                        # the smallest error so far
+    best_bottom = best_top = torch.ones_like(bottom)                 # and how far it has shrunk
+    for move_bottom, move_top in ends:
+        for steps in (coarse, fine):
+            from_bottom, from_top = best_bottom, best_top            # what the last sweep found
+            for step in steps:
+                a = from_bottom * step if move_bottom else from_bottom
+                b = from_top * step if move_top else from_top
+                found = error(*grid(a, b))
+                better = found < least
+                least = torch.where(better, found, least)
+                best_bottom = torch.where(better, a, best_bottom)
+                best_top = torch.where(better, b, best_top)
+    return grid(best_bottom, best_top)
+
+
+def shaped(grid: tuple[Tensor, Tensor], W: Tensor, per_channel: bool) -> tuple[Tensor, Tensor]:
+    """A grid of best_grid in the shape that a quantizer of W holds: (), or (C_out, 1[, 1, 1])."""
+    shape = (len(W),) + (1,) * (W.dim() - 1) if per_channel else ()
+    log_s1, zero_point = grid
+    return log_s1.reshape(shape), zero_point.reshape(shape).to(torch.int32)
+
+
+# ---- How a quantizer sits on a layer -------------------------------------------------------------
+#
+# torch.nn.utils.parametrize makes layer.weight the quantizer's output wherever it is read. So the
+# layer keeps its own class and forward (stride, padding, groups), and we need no quantized layers.
+# W itself is in layer.parametrizations.weight.original.
+
+def quantizable_layers(module: nn.Module, skip=()) -> dict[str, nn.Module]:
+    """The layers of a module that can be quantized, by name, in the order of definition.
+
+    These are nn.Linear, nn.Conv2d and their subclasses. We leave out the names in skip, and layers
+    that share their weight with an embedding (a tied head). A module that is itself a layer has
+    the name ''.
+    ValueError: a weight that is quantized already, that something else makes (weight norm,
+    pruning), or that two of the layers share.
+    """
+    embeddings = [m for m in module.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)]
+    embedded = {id(m.weight) for m in embeddings}
+    chosen, owner = {}, {}
+    for name, layer in module.named_modules():
+        if not isinstance(layer, nn.Linear | nn.Conv2d) or name in skip:
+            continue
+        if parametrize.is_parametrized(layer, "weight") or \
+                not isinstance(layer.weight, nn.Parameter):
+            raise ValueError(f"layer {name!r} has a parametrization of its weight already (a "
+                             "quantizer, weight norm, pruning): fold or remove it first, or name "
+                             "the layer in skip")
+        if id(layer.weight) in embedded:
+            continue
+        twin = owner.setdefault(id(layer.weight), name)
+        if twin != name:
+            raise ValueError(f"layers {twin!r} and {name!r} share one weight: give each its own")
+        chosen[name] = layer
+    return chosen
+
+
+def quantizers(module: nn.Module) -> dict[str, RoundToNearest]:
+    """The quantizers that are in place in a module, by the name of their layer ('' for itself)."""
+    found = {}
+    for name, layer in module.named_modules():
+        # We ask _modules, because a wrapper such as torch.compile's answers for what it wraps.
+        held = layer._modules.get("parametrizations")
+        if held is not None and "weight" in held and isinstance(held.weight[0], RoundToNearest):
+            found[name] = held.weight[0]
+    return found
+
+
+def quantize_layers(block: nn.Module, config, layer_bits: dict[str, int] | None = None, skip=(),
+                    x: Tensor | None = None) -> dict[str, RoundToNearest]:
+    """Put a quantizer on the weight of each nn.Linear and nn.Conv2d of a block, in place.
+
+    W_hat starts as round to nearest's (AdaRound's in eval mode). fold() makes it permanent. We make
+    all quantizers before we place the first, so that an error leaves the block unchanged.
+
+    Args:
+        block: any module, float. A single layer is a block as well, and its name is then ''.
+        config: a reconstruct.ReconstructionConfig: method, bits, grid and FlexRound's switches.
+        layer_bits: the bits of single layers, by their name within the block.
+        skip: names within the block that stay as they are.
+        x: (N, ...) float inputs of the block. Needed for config.start = "outputs".
+
+    Returns the quantizers by the name of their layer. ValueError: layer_bits names an unknown
+    layer, x is missing, a weight that check_weight refuses, or as quantizable_layers.
+    """
+    layers = quantizable_layers(block, skip)
+    layer_bits = layer_bits or {}
+    for name in layer_bits:
+        if name not in layers:
+            raise ValueError(f"layer_bits names {name!r}: the layers are {list(layers)}")
+    calls = {}
+    if config.start == "outputs":
+        if x is None:
+            raise ValueError("start = 'outputs' needs x, float inputs of the block")
+        calls = layer_inputs(block, layers, x)
+    rule = METHODS[config.method]
+    own = {}
+    if issubclass(rule, FlexRound):
+        own = {"learn_s1": config.learn_s1, "use_s3_s4": config.use_s3_s4}
+    made = {}
+    for name, layer in layers.items():
+        bits = layer_bits.get(name, config.bits)
+        check_weight(layer.weight, f"layer {name!r}: W")
+        grid = None                                                  # search_range
+        if calls.get(name):                                          # a layer that block calls
+            grid = search_outputs(layer, calls[name], bits, config.symmetric, config.per_channel)
+        made[name] = rule(layer.weight, bits, config.symmetric, config.per_channel, p=config.p,
+                          grid=grid, **own)
+    for name, quantizer in made.items():
+        parametrize.register_parametrization(layers[name], "weight", quantizer)
+    return made
+
+
+@torch.no_grad()
+def layer_inputs(block: nn.Module, layers: dict[str, nn.Module], x: Tensor) -> dict:
+    """What each layer is called with when the block runs on x: {name: [its input in each call]}. A
+    layer that the block does not call, or only by keyword, has an empty list."""
+    seen = {name: [] for name in layers}
+    names = {layer: name for name, layer in layers.items()}
+
+    def look(layer, args):
+        if args and args[0].numel() > 0:                             # an expert may get no rows
+            seen[names[layer]].append(args[0].detach().clone())
+
+    handles = [layer.register_forward_pre_hook(look) for layer in names]
+    try:
+        block(x.clone())                                             # it may work in place
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
+def fold(module: nn.Module, keep: bool = True) -> nn.Module:
+    """Remove the quantizers of a module, in place, and leave W_hat as the plain weight. Return it.
+
+    Afterwards the classes and the keys of state_dict are the float module's. Each weight is q(W)
+    with hard codes, to the last bit, in a new Parameter (a layer that shared the old one keeps it).
+    keep=False puts the float weight back instead. Quantizers of inputs are removed as well, with a
+    warning, because a plain layer cannot round its input.
+    """
+    if input_quantizers(module) and keep:
+        warnings.warn("folded layers get float inputs again", stacklevel=2)
+    remove_input_quantizers(module)
+    for name, quantizer in quantizers(module).items():
+        layer = module.get_submodule(name)
+        quantizer.eval()                                             # AdaRound: hard codes
+        W = layer.parametrizations.weight.original
+        W_hat = layer.weight.detach().clone()
+        # A deep copy shares the class that torch injected. Removing a parametrization takes the
+        # property `weight` off that class, and so off the copy. We give the layer its own first.
+        injected = type(layer)
+        body = {k: v for k, v in vars(injected).items() if k not in ("__dict__", "__weakref__")}
+        layer.__class__ = type(injected.__name__, injected.__bases__, body)
+        parametrize.remove_parametrizations(layer, "weight", leave_parametrized=False)
+        if keep:
+            layer.weight = nn.Parameter(W_hat, W.requires_grad)
+        # torch has appended the weight. We put the other parameters behind it, as they were.
+        others = [key for key in layer._parameters if key != "weight"]
+        for key in others:
+            layer._parameters[key] = layer._parameters.pop(key)
+    return module
+
+# ==== Part two: activations =======================================================================
+#
+# Whoever reads section 3 of the paper may stop here. The rest is section 4's, where the inputs of
+# layers are rounded as well: a learned step size, and the hooks that put it in front of a layer.
 
 class LSQ(nn.Module):
     """An activation on a grid with one learned step for the tensor (Esser et al. 2020, section 4).
@@ -450,7 +614,9 @@ class LSQ(nn.Module):
                  drop: float = 0.0):
         super().__init__()
         self.lo, self.hi = code_range(bits, signed)
-        self.bits, self.signed, self.drop = bits, signed, drop
+        self.bits = bits
+        self.signed = signed
+        self.drop = drop
         self.log_step = nn.Parameter(log_step.clone())
         self.register_buffer("zero_point", zero_point.clone())
 
@@ -467,122 +633,29 @@ class LSQ(nn.Module):
         signed = symmetric and (negative or bool(x.min() < 0))
         x = x.detach().flatten().to(torch.promote_types(x.dtype, torch.float32))
         if len(x) > 2 ** 16:
-            some = torch.randint(len(x), (2 ** 16,), generator=torch.Generator().manual_seed(0))
-            x = torch.cat([x[some.to(x.device)], x.amin()[None], x.amax()[None]])
-        return cls(bits, signed, *search_range(x[None], bits, signed, p=p), drop)
+            draw = torch.Generator().manual_seed(0)
+            some = torch.randint(len(x), (2 ** 16,), generator=draw).to(x.device)
+            x = torch.cat([x[some], x.amin()[None], x.amax()[None]])
+        log_step, zero_point = search_range(x[None], bits, signed, p=p)    # as a matrix of one row
+        return cls(bits, signed, log_step, zero_point, drop)
 
     def forward(self, x: Tensor) -> Tensor:
         """x_hat, x's shape and dtype. Half precision would choose wrong codes at 8 bits."""
         own = torch.promote_types(self.log_step.dtype, torch.float32)
-        step, z = self.log_step.to(own).exp(), self.zero_point
-        k = Clamp.apply(Round.apply(x.to(step.dtype) / step), self.lo - z, self.hi - z)
+        step = self.log_step.to(own).exp()
+        z = self.zero_point
+        k = Clamp.apply(Round.apply(x.to(own) / step), self.lo - z, self.hi - z)
         x_hat = (step * k).to(x.dtype)
         if self.training and self.drop > 0:                          # QDrop, element by element
             x_hat = torch.where(torch.rand_like(x) < self.drop, x, x_hat)
         return x_hat
 
 
-# ---- How a quantizer sits on a layer -------------------------------------------------------------
-#
-# torch.nn.utils.parametrize makes layer.weight the quantizer's output wherever it is read. So the
-# layer keeps its own class and forward (stride, padding, groups), and we need no quantized layers.
-# W itself rests in layer.parametrizations.weight.original.
-
-def quantizable_layers(module: nn.Module, skip=()) -> dict[str, nn.Module]:
-    """The layers of a module that can be quantized, by name, in the order of definition.
-
-    These are nn.Linear, nn.Conv2d and their subclasses. We leave out the names in skip, and the
-    layers whose weight is an nn.Embedding's, too. A module that is itself a layer has the name ''.
-    ValueError: a weight that is quantized already, that something else makes (weight norm,
-    pruning), or that two of the layers share.
-    """
-    embedded = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
-    chosen, owner = {}, {}
-    for name, layer in module.named_modules():
-        if not isinstance(layer, nn.Linear | nn.Conv2d) or name in skip:
-            continue
-        if parametrize.is_parametrized(layer, "weight") or \
-                not isinstance(layer.weight, nn.Parameter):
-            raise ValueError(f"layer {name!r} has a parametrization of its weight already (or "
-                             "weight norm, or pruning): fold or remove it first")
-        if id(layer.weight) in embedded:
-            continue
-        twin = owner.setdefault(id(layer.weight), name)
-        if twin != name:
-            raise ValueError(f"layers {twin!r} and {name!r} share one weight: give each its own")
-        chosen[name] = layer
-    return chosen
-
-
-def quantizers(module: nn.Module) -> dict[str, RoundToNearest]:
-    """The quantizers that are in place in a module, by the name of their layer ('' for itself)."""
-    return {name: layer.parametrizations.weight[0] for name, layer in module.named_modules()
-            if parametrize.is_parametrized(layer, "weight")
-            and isinstance(layer.parametrizations.weight[0], RoundToNearest)}
-
-
-def quantize_layers(block: nn.Module, config, layer_bits: dict[str, int] | None = None, skip=(),
-                    x: Tensor | None = None) -> dict[str, RoundToNearest]:
-    """Put a quantizer on the weight of each nn.Linear and nn.Conv2d of a block, in place.
-
-    W_hat starts as round to nearest's (AdaRound's in eval mode). fold() makes it permanent. We make
-    all quantizers before we place the first, so that an error leaves the block unchanged.
-
-    Args:
-        block: any module. A single layer is one, too, and its name is then ''.
-        config: a reconstruct.ReconstructionConfig: method, bits, grid and FlexRound's switches.
-        layer_bits: the bits of single layers, by their name within the block.
-        skip: names within the block that stay as they are.
-        x: (N, ...) float inputs of the block. Needed for config.start = "outputs".
-
-    Returns the quantizers by the name of their layer. ValueError: layer_bits names an unknown
-    layer, or as quantizable_layers and search_range.
-    """
-    layers, layer_bits = quantizable_layers(block, skip), layer_bits or {}
-    for name in layer_bits:
-        if name not in layers:
-            raise ValueError(f"layer_bits names {name!r}: the layers are {list(layers)}")
-    rule, own = METHODS[config.method], {}
-    if issubclass(rule, FlexRound):
-        own = {"learn_s1": config.learn_s1, "use_s3_s4": config.use_s3_s4}
-    called = {}
-    if config.start == "outputs":
-        if x is None:
-            raise ValueError("start = 'outputs' needs x, float inputs of the block")
-        called = layer_inputs(block, layers, x)
-    made = {}
-    for name, layer in layers.items():
-        bits, grid = layer_bits.get(name, config.bits), None
-        if called.get(name):                                         # else as start = "weights"
-            grid = search_outputs(layer, called[name], bits, config.symmetric, config.per_channel)
-        made[name] = rule(layer.weight, bits, config.symmetric, config.per_channel, p=config.p,
-                          grid=grid, **own)
-    for name, quantizer in made.items():
-        parametrize.register_parametrization(layers[name], "weight", quantizer)
-    return made
-
-
-@torch.no_grad()
-def layer_inputs(block: nn.Module, layers: dict[str, nn.Module], x: Tensor) -> dict:
-    """What each layer of a block takes when the block runs on x: {name: [input of each call]}."""
-    seen = {name: [] for name in layers}
-    handles = []
-    for name, layer in layers.items():
-        def look(_, args, name=name):
-            if args:
-                seen[name].append(args[0].clone())
-        handles.append(layer.register_forward_pre_hook(look))
-    try:
-        block(x.clone())                                             # it may work in place
-    finally:
-        for handle in handles:
-            handle.remove()
-    return seen
-
-
 def quantize_input(layer, args):
-    """The forward pre-hook of a layer whose input is quantized."""
-    return layer.input_quantizer(args[0]), *args[1:]
+    """The forward pre-hook of a layer whose input is quantized. What comes by keyword stays."""
+    if args:
+        return layer.input_quantizer(args[0]), *args[1:]
+    return None
 
 
 def place_input_quantizer(layer: nn.Module, quantizer: LSQ) -> None:
@@ -606,43 +679,45 @@ def quantize_inputs(block: nn.Module, x: Tensor, bits: dict[str, int], symmetric
         more: further batches, to see whether a layer gets a negative value there.
 
     Returns:
-        The LSQs by the name of their layer. A layer that got no positional argument gets none, with
-        a warning. ValueError: an input that is quantized already, or as search_range.
+        The LSQs by the name of their layer. A layer that got no positional argument, or an empty
+        one, gets none, with a warning. ValueError: an input that is quantized already, or as
+        search_range.
     """
-    names = {block.get_submodule(name): name for name in bits}
-    seen, negative = {name: [] for name in bits}, dict.fromkeys(bits, False)
-    for layer, name in names.items():
-        if hasattr(layer, "input_quantizer"):
-            raise ValueError(f"layer {name!r}: its input is quantized already")
-
-    def look(layer, args):                                           # maybe more than once a layer
-        if args:
-            if batch is x:
-                seen[names[layer]].append(args[0].detach().flatten().clone())
-            negative[names[layer]] |= bool((args[0] < 0).any())
-
-    handles = [layer.register_forward_pre_hook(look) for layer in names]
-    try:
-        with torch.no_grad(), parametrize.cached():                  # quantize each weight once
-            for batch in itertools.chain([x], more if symmetric else ()):
-                block(batch.clone())                                 # it may work in place
-    finally:
-        for handle in handles:
-            handle.remove()
-    made = {name: LSQ.of(torch.cat(parts), bits[name], symmetric, p, drop, negative[name])
-            for name, parts in seen.items() if parts}
+    layers = {name: block.get_submodule(name) for name in bits}
+    for name in set(input_quantizers(block)) & set(layers):
+        raise ValueError(f"layer {name!r}: its input is quantized already")
+    with parametrize.cached():                                       # quantize each weight once
+        calls = layer_inputs(block, layers, x)
+        negative = {name: holds_negative(parts) for name, parts in calls.items()}
+        for batch in more if symmetric else ():                      # other grids ask for no sign
+            for name, parts in layer_inputs(block, layers, batch).items():
+                negative[name] |= holds_negative(parts)
+    made = {}
+    for name, parts in calls.items():
+        if parts:                                                    # maybe several calls
+            seen = torch.cat([part.flatten() for part in parts])
+            made[name] = LSQ.of(seen, bits[name], symmetric, p, drop, negative[name])
     if len(made) < len(bits):
-        warnings.warn("these layers were not called with a positional argument, so their inputs "
-                      f"stay float: {sorted(set(bits) - set(made))}", stacklevel=2)
+        warnings.warn("these layers were not called with a positional argument that holds "
+                      f"something, so their inputs stay float: {sorted(set(bits) - set(made))}",
+                      stacklevel=2)
     for name, quantizer in made.items():
-        place_input_quantizer(block.get_submodule(name), quantizer)
+        place_input_quantizer(layers[name], quantizer)
     return made
+
+
+def holds_negative(parts: list[Tensor]) -> bool:
+    return any(bool((part < 0).any()) for part in parts)
 
 
 def input_quantizers(module: nn.Module) -> dict[str, LSQ]:
     """The LSQs that are in place in a module, by the name of their layer."""
-    return {name: layer.input_quantizer for name, layer in module.named_modules()
-            if isinstance(getattr(layer, "input_quantizer", None), LSQ)}
+    found = {}
+    for name, layer in module.named_modules():
+        quantizer = layer._modules.get("input_quantizer")
+        if isinstance(quantizer, LSQ):
+            found[name] = quantizer
+    return found
 
 
 def remove_input_quantizers(module: nn.Module) -> None:
@@ -653,34 +728,3 @@ def remove_input_quantizers(module: nn.Module) -> None:
         for key, hook in list(layer._forward_pre_hooks.items()):     # a copied layer has no handle
             if hook is quantize_input:
                 del layer._forward_pre_hooks[key]
-
-
-def fold(module: nn.Module, keep: bool = True) -> nn.Module:
-    """Remove the quantizers of a module, in place, and leave W_hat as the plain weight. Return it.
-
-    Afterwards the classes and the keys of state_dict are the float module's. Each weight is q(W)
-    with hard codes, to the last bit, in a new Parameter (a layer that shared the old one keeps it).
-    keep=False puts the float weight back instead. Quantizers of inputs go, too, with a warning,
-    because a plain layer cannot round its input.
-    """
-    if input_quantizers(module) and keep:
-        warnings.warn("folded layers get float inputs again", stacklevel=2)
-    remove_input_quantizers(module)
-    for name, quantizer in quantizers(module).items():
-        layer = module.get_submodule(name)
-        quantizer.eval()                                             # AdaRound: hard codes
-        # A deep copy shares the class that torch injected. Removing a parametrization takes the
-        # property `weight` off that class, and so off the copy. We give the layer its own first.
-        injected = type(layer)
-        body = {k: v for k, v in vars(injected).items() if k not in ("__dict__", "__weakref__")}
-        layer.__class__ = type(injected.__name__, injected.__bases__, body)
-        held = layer.parametrizations.weight
-        if keep:                                                     # torch writes W_hat into it
-            held.original = nn.Parameter(held.original.detach().clone(),
-                                         held.original.requires_grad)
-        parametrize.remove_parametrizations(layer, "weight", leave_parametrized=keep)
-        for key, p in list(layer.named_parameters(recurse=False)):   # weight first, as it was
-            if key != "weight":
-                delattr(layer, key)
-                layer.register_parameter(key, p)
-    return module

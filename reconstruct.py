@@ -8,7 +8,7 @@ The objective of section 3.1, one block at a time, over a few calibration inputs
     X_tilde  x_q    the block's input when every earlier block is quantized
              y_fp   block(X), the target: taken just before the block's layers are quantized
 
-So the whole driver, quantize_model below, is this loop:
+So the whole driver, one_pass below, is this loop:
 
     x_fp = x_q = calibration inputs
     for block in blocks:
@@ -17,43 +17,48 @@ So the whole driver, quantize_model below, is this loop:
         reconstruct_block(block, x_q, y_fp, config)    # learn the factors
         x_fp, x_q = y_fp, block(x_q)
 
+Why X_tilde. In use, a block gets what the quantized blocks before it return. When it learns on
+these inputs, it can mend a part of the errors that they made. The target stays the full-precision
+output on the full-precision input.
+
+Why blocks. A block is a part of the network that is tied together inside, such as a residual block
+or a transformer block. If we learned each layer alone, no layer could make up for another one's
+error. If we learned the whole network at once, a few hundred inputs would not be enough.
+
 How we differ from the paper and from the authors' code, and why
 
 - We evaluate the start and four later states on all calibration inputs, and keep the best. So the
   result is never worse than round to nearest there. (On white noise the last state is worse.)
-- All methods share the optimizer (Adam, cosine decay to 0), the iterations and the batches. Only
-  the rate is each method's own. The paper gives AdaRound and AdaQuant BRECQ's settings.
+- All methods share the optimizer (Adam, cosine decay to 0), the iterations and the batches. Rates,
+  and what only one method has, are each method's own, and we searched all of them. The paper gives
+  AdaRound and AdaQuant BRECQ's settings.
 - The paper states neither the loss's reduction nor the rate's schedule. We follow the authors'
   code. But it always sums over dim 1, which for a GPT is the tokens: see block_loss.
 """
 import argparse
 import copy
-import itertools
 import math
 import multiprocessing
 import sys
-import tempfile
 import time
 import warnings
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from tqdm.auto import tqdm
 
 import flexround
 from flexround import METHODS, code_range, input_quantizers, quantizable_layers, quantizers
 
 STEP_LR = 4e-4           # first rate of activations' steps: section 4's in B. In Q it has 4e-5
-REG_WEIGHT = 1.0
-START_INPUTS = 64                    # of calibration, for start = "outputs"
-QDROP = 0.5                          # section 4: with this probability Q keeps a float value
+QDROP = 0.5              # section 4: with this probability setting Q keeps a float value
+START_INPUTS = 64        # calibration inputs that start = "outputs" looks at
 
+
+# ---- Settings and results ------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class ReconstructionConfig:
@@ -63,44 +68,51 @@ class ReconstructionConfig:
     bits: int = 4                    # of a weight, 2 to 8. The paper's CNNs have 4, 3 and 2
     symmetric: bool = True           # the grid. In the paper it is symmetric for CNNs only
     per_channel: bool = False        # an s1 for each output channel. In the paper LLaMA only
-    start: str = "weights"           # s1 starts at the smallest error of W, or of layers' "outputs"
+    start: str = "weights"           # of s1: the least error of the weights, or of the "outputs"
     p: float = 2.0                   # exponent of the weights' error. 2 is the paper's
     learn_s1: bool = True            # FlexRound only. False is ablation 1 of Table 1
     use_s3_s4: bool = True           # FlexRound only. False is ablation 2 of Table 1
     iterations: int = 1000           # per block. Section 4: 5,000 for CNNs, 500 for language models
     batch_size: int = 32             # inputs per iteration. 32 is BRECQ's for CNNs
     lr: float | None = None          # first rate. None is the method's default_lr
-    s1_lr: float | None = None       # of log s1. None is the method's default_s1_lr, or lr
-    reg_weight: float | None = None  # AdaRound's regulariser, see make_iteration
+    s1_lr: float | None = None       # of log s1. None is the method's default_s1_lr, or as lr
+    reg_weight: float | None = None  # AdaRound only. None is its default_reg_weight
     seed: int = 0                    # of the batches, and of what is dropped
     input_drop: float = 0.0          # share of x_fp in a block's input. 0 is X_tilde, 1 is X
+    channel_dim: int | None = None   # of a block's output. None: see block_loss
     abits: int | None = None         # of what each quantized layer takes as input. None is float
     setting: str = "B"               # B learns weights, then steps. Q learns both, and drops
     step_lr: float | None = None     # first rate of a step's logarithm. None is STEP_LR
     end_bits: int | None = 8         # of the first and the last layer. None: as the others
-    layer_bits: dict = field(default_factory=dict)   # {"<block index>.<layer name>": bits}
     device: str | None = None        # each block is moved there for its turn. None: it stays
-    cache_device: str | None = None  # where cached activations lie. None: where blocks compute
+    cache_device: str | None = None  # of the cached activations. None: where blocks compute
 
     def __post_init__(self):
-        own = vars(self)
-        for name, ok, allowed in [
-                ("method", self.method in METHODS, " or ".join(METHODS)),
-                *((name, own[name] is None or 0 < own[name] < math.inf, "a positive number")
-                  for name in ("p", "lr", "step_lr", "s1_lr", "reg_weight")),
-                *((name, type(own[name]) is int and least <= own[name] < 2 ** 32,
-                   f"an integer from {least} to 2^32 - 1")
-                  for name, least in (("iterations", 1), ("batch_size", 1), ("seed", 0))),
-                ("input_drop", 0 <= self.input_drop <= 1, "a probability from 0 to 1"),
-                ("start", self.start in ("weights", "outputs"), "weights or outputs"),
-                ("setting", self.setting in ("B", "Q"), "B or Q")]:
-            if not ok:
-                raise ValueError(f"{name} = {own[name]!r}: {allowed} is allowed")
-        for name, bits in [("bits", self.bits), ("end_bits", self.end_bits), ("abits", self.abits),
-                           *((f"layer_bits[{n!r}]", b) for n, b in self.layer_bits.items())]:
-            if bits is not None or name not in ("end_bits", "abits"):
-                code_range(bits, self.symmetric, name)
-        if self.abits is None and (self.setting, self.step_lr) != ("B", None):
+        def need(name, fits, allowed):
+            if not fits(getattr(self, name)):
+                raise ValueError(f"{name} = {getattr(self, name)!r}: {allowed} is allowed")
+
+        def positive(value):
+            return value is None or 0 < value < math.inf
+
+        def whole(least):
+            return lambda value: type(value) is int and least <= value < 2 ** 32
+
+        need("method", lambda value: value in METHODS, " or ".join(METHODS))
+        need("start", lambda value: value in ("weights", "outputs"), "weights or outputs")
+        need("setting", lambda value: value in ("B", "Q"), "B or Q")
+        need("input_drop", lambda value: 0 <= value <= 1, "a probability from 0 to 1")
+        for name in ("p", "lr", "s1_lr", "reg_weight", "step_lr"):
+            need(name, positive, "a positive number")
+        need("iterations", whole(1), "an integer from 1 to 2^32 - 1")
+        need("batch_size", whole(1), "an integer from 1 to 2^32 - 1")
+        need("seed", whole(0), "an integer from 0 to 2^32 - 1")
+        code_range(self.bits, self.symmetric, "bits")
+        if self.end_bits is not None:
+            code_range(self.end_bits, self.symmetric, "end_bits")
+        if self.abits is not None:
+            code_range(self.abits, self.symmetric, "abits")
+        elif self.setting != "B" or self.step_lr is not None:
             raise ValueError(f"setting = {self.setting!r}, step_lr = {self.step_lr}: need abits")
         if self.joint and self.input_drop not in (0, QDROP):
             raise ValueError(f"input_drop = {self.input_drop}: setting Q takes {QDROP}")
@@ -114,6 +126,11 @@ class ReconstructionConfig:
     def drop(self) -> float:
         """The probability that an element of a block's input is the full-precision one."""
         return QDROP if self.joint else self.input_drop
+
+    def default(self, knob: str):
+        """The value of "lr", "s1_lr" or "reg_weight": as set, else the method's own default."""
+        value = getattr(self, knob)
+        return getattr(METHODS[self.method], f"default_{knob}") if value is None else value
 
 
 @dataclass
@@ -131,265 +148,48 @@ class BlockReport:
     abits: dict[str, int] = field(default_factory=dict)    # of each quantized layer's input
 
     def __str__(self):
-        hint, done = "", len(self.history)
-        if done and self.best_iteration == 0:
-            hint = ": no gain, try a smaller rate"
-        elif self.best_iteration < done:
-            hint = f", kept the state after {self.best_iteration} of {done} iterations"
-        return f"loss {self.start_loss:.3g} -> {self.final_loss:.3g} in {self.seconds:.1f} s{hint}"
+        line = f"loss {self.start_loss:.3g} -> {self.final_loss:.3g} in {self.seconds:.1f} s"
+        done = len(self.history)
+        if done > 0 and self.best_iteration == 0:
+            return f"{line}: no gain, try a smaller rate"
+        if self.best_iteration < done:
+            return f"{line}, kept the state after {self.best_iteration} of {done} iterations"
+        return line
 
 
 # ---- One block -----------------------------------------------------------------------------------
 
-def block_loss(y: Tensor, y_fp: Tensor) -> Tensor:
+def block_loss(y: Tensor, y_fp: Tensor, channel_dim: int | None = None) -> Tensor:
     """The squared error, summed over channels and averaged over the rest. Returns a scalar.
 
-    Channels are dim 1 of a convolution's (N, C, H, W) and the last dim of anything else, such as
-    (N, C) or a GPT's (B, T, C). ValueError where the shapes differ.
+    channel_dim says which dim the channels are. None is dim 1 of a convolution's (N, C, H, W), and
+    the last dim of anything else, such as (N, C) or a GPT's (B, T, C). An output (N,) has no
+    channels, and the mean is all. For other orders, such as (N, H, W, C) or (N, C, L), say it.
+    ValueError where the shapes differ.
     """
     if y.shape != y_fp.shape:
         raise ValueError(f"the block returns {tuple(y.shape)}, its target has {tuple(y_fp.shape)}")
-    return F.mse_loss(y, y_fp) * y.shape[1 if y.dim() == 4 else -1]
+    if channel_dim is None:
+        channel_dim = 1 if y.dim() == 4 else -1
+    channels = 1 if y.dim() == 1 else y.shape[channel_dim]
+    if y.dtype in (torch.float16, torch.bfloat16):                   # under autocast, say
+        y, y_fp = y.float(), y_fp.float()
+    return F.mse_loss(y, y_fp) * channels
+
+
+def device_of(blocks) -> torch.device:
+    """The device of the first parameter. The CPU where there is none."""
+    for block in blocks:
+        for p in block.parameters():
+            return p.device
+    return torch.device("cpu")
 
 
 @torch.no_grad()
-def evaluate(block: nn.Module, x: Tensor, y_fp: Tensor, batch_size: int, device) -> float:
-    """block_loss over all of x, a batch at a time."""
-    with parametrize.cached():
-        total = sum(len(xs) * block_loss(block(xs.to(device, copy=True)), ys.to(device))
-                    for xs, ys in zip(x.split(batch_size), y_fp.split(batch_size), strict=True))
-    return float(total) / len(x)
-
-
-def reconstruct_block(block: nn.Module, x_q: Tensor, y_fp: Tensor, config: ReconstructionConfig,
-                      x_fp: Tensor | None = None, index: int = 0, progress=None) -> BlockReport:
-    """Learn the factors of a block's quantizers, in place: descend block_loss(block(x_q), y_fp).
-
-    At the start and after each quarter of the iterations we evaluate all of the calibration set
-    with hard codes, because batches differ too much in difficulty, and we keep the best state.
-    Afterwards the block is in eval mode and its factors are frozen. We touch no other parameter.
-
-    Args:
-        block: a module with quantizers in place (flexround.quantize_layers).
-        x_q: (N, ...) the block's inputs behind quantized blocks, X_tilde.
-        y_fp: (N, ...) its full-precision outputs on full-precision inputs.
-        config: see ReconstructionConfig, and learned_parameters for what is learned.
-        x_fp: (N, ...) the full-precision inputs X. Needed where config.drop > 0.
-        index: the block's place in the network. It seeds the batches and is named in errors.
-        progress: called as progress(iterations done, last evaluated loss) after each iteration.
-
-    Raises:
-        FloatingPointError: a loss that is not finite. On any exception the factors are as before.
-        ValueError: other quantizers than config's, or within parametrize.cached().
-    """
-    began = time.perf_counter()
-    learned, device = sum(learned_parameters(block, config), []), device_of([block])
-    if learned and parametrize._cache_enabled:                       # it would hide what is learned
-        raise ValueError("within parametrize.cached() nothing can be learned: leave it first")
-    if config.drop > 0 and x_fp is None:
-        raise ValueError(f"input_drop = {config.drop} needs x_fp, the full-precision input")
-    if config.batch_size > len(x_q) and learned:
-        warnings.warn(f"batch_size = {config.batch_size}, but there are only {len(x_q)} inputs",
-                      stacklevel=2)
-
-    total = config.iterations if learned else 0                      # round to nearest: none
-    marks = {total * quarter // 4 for quarter in range(5)}           # when to evaluate
-    evaluations, history = [], torch.zeros(total, device=device)
-    best_loss, best_iteration = math.inf, 0
-    best = initial = [p.detach().clone() for p in learned]
-    with learning(block, learned, 1000 * config.seed + index):       # a seed for each block
-        try:
-            iterate = None
-            # i counts the iterations that are done, so the start, i = 0, is evaluated as well.
-            for i in range(total + 1):
-                if i in marks:
-                    block.eval()                                     # AdaRound: hard codes
-                    loss = evaluate(block, x_q, y_fp, config.batch_size, device)
-                    check_finite(history[:i].tolist(), loss, index, config)
-                    evaluations.append((i, loss))
-                    if loss < best_loss:
-                        best_loss, best_iteration = loss, i
-                        best = [p.detach().clone() for p in learned]
-                if progress and i > 0:
-                    progress(i, loss)
-                if i == 0 and total:
-                    iterate = make_iteration(block, x_q, y_fp, config, x_fp, index, loss)
-                if i < total:
-                    history[i] = iterate(i)
-        except BaseException:                                        # an interrupt, too
-            best = initial
-            raise
-        finally:
-            with torch.no_grad():
-                for p, value in zip(learned, best, strict=True):
-                    p.copy_(value)
-    bits = [{name: q.bits for name, q in find(block).items()}
-            for find in (quantizers, input_quantizers)]
-    return BlockReport(index, bits[0], evaluations[0][1], best_loss, best_iteration, evaluations,
-                       history.tolist(), time.perf_counter() - began, bits[1])
-
-
-def make_iteration(block: nn.Module, x_q: Tensor, y_fp: Tensor, config: ReconstructionConfig,
-                   x_fp: Tensor | None = None, index: int = 0, start_loss: float = 1.0,
-                   record=None):
-    """Return iterate(i), which runs iteration i (from 0) of a block and returns its batch's loss.
-
-    The loss stays on the device as a scalar tensor, so that nothing waits for the device. The rate
-    falls to 0 along a cosine. The arguments are those of reconstruct_block. `record` may replace a
-    step by something that does the same, such as a CUDA graph (experiments/timing.py).
-    """
-    device, total = device_of([block]), config.iterations
-    draw = torch.Generator().manual_seed(1000 * config.seed + index)
-    batches = torch.stack([torch.randperm(len(x_q), generator=draw)[:config.batch_size].clone()
-                           for _ in range(total)]).to(x_q.device)    # (iterations, batch)
-    factors, steps = learned_parameters(block, config)
-    regularised = [q for q in quantizers(block).values() if factors and hasattr(q, "regulariser")]
-    dropping = [q for q in input_quantizers(block).values() if q.drop > 0]
-
-    # What changes between iterations: two rates, AdaRound's weight and beta, the batch. They lie in
-    # tensors that we overwrite, because a recorded step reads the same memory each time.
-    lr = METHODS[config.method].default_lr if config.lr is None else config.lr
-    step_lr = STEP_LR if config.step_lr is None else config.step_lr
-    s1_lr = METHODS[config.method].default_s1_lr if config.s1_lr is None else config.s1_lr
-    s1_lr = lr if s1_lr is None else s1_lr
-    s1s = [q.log_s1 for q in quantizers(block).values() if q.learns_s1 and factors]
-    others = [p for p in factors if all(p is not s for s in s1s)]
-    count = sum(q.V.numel() for q in regularised)
-    full = REG_WEIGHT if config.reg_weight is None else config.reg_weight
-    full = full * start_loss / max(count, 1)
-    cosine = [(1 + math.cos(math.pi * i / total)) / 2 for i in range(total)]
-    schedule = [flexround.AdaRound.schedule(i / total) for i in range(total)]
-    changing = torch.tensor([(lr * c, step_lr * c, s1_lr * c, full * share, beta)
-                             for c, (share, beta) in zip(cosine, schedule, strict=True)],
-                            dtype=torch.float32, device=device)
-    rate, step_rate, s1_rate, weight, beta = now = changing[0].clone()        # views of `now`
-    batch = batches[0].clone()
-    groups = [{"params": p, "lr": r} for p, r in (
-        (others, rate), (s1s, s1_rate), (steps, step_rate)) if p]
-    optimizer = torch.optim.Adam(groups, fused=True, capturable=device.type == "cuda")
-
-    def drawn(t):
-        return t.detach().index_select(0, batch.to(t.device)).to(device)
-
-    def step():
-        for q in regularised + dropping:                             # AdaRound is soft in train
-            q.train()                                                # mode, LSQ drops in it
-        x, y = drawn(x_q), drawn(y_fp)                               # X_tilde and the target
-        if config.drop > 0:                                          # QDrop, element by element
-            x = torch.where(torch.rand(x.shape, device=device) < config.drop, drawn(x_fp), x)
-        loss = block_loss(block(x), y)                               # the objective of section 3.1
-        for q in regularised:                                        # AdaRound only
-            loss = loss + weight * q.regulariser(beta)
-        for p in factors + steps:
-            p.grad = None
-        loss.backward()
-        optimizer.step()
-        return loss.detach()
-
-    step = step if record is None else record(step)
-
-    def iterate(i):
-        now.copy_(changing[i])
-        batch.copy_(batches[i])
-        with nullcontext() if factors else parametrize.cached():     # weights that do not change
-            return step()
-
-    return iterate
-
-
-# ---- A network: block after block ----------------------------------------------------------------
-
-@torch.no_grad()
-def run(block: nn.Module, x: Tensor, batch_size: int, device, cache_device) -> Tensor:
-    """block(x) for all of x, a batch at a time. The result lies on cache_device."""
-    with parametrize.cached():                                       # quantize each weight once
-        # We copy each batch, because a block may work in place and x is used again.
-        return torch.cat([block(xs.to(device, copy=True)).to(cache_device)
-                          for xs in x.split(batch_size)])
-
-
-def quantize_model(blocks, calibration: Tensor, config: ReconstructionConfig, show: bool = True):
-    """Quantize a network block after block, in place: the paper's method from end to end.
-
-    Afterwards the factors are frozen and the blocks are in eval mode. flexround.fold makes the
-    result permanent. Fold before you call net.train(), because in train mode AdaRound is soft.
-
-    Args:
-        blocks: a list or nn.ModuleList of Tensor -> Tensor modules which, one after the other, are
-            the network. Any network that can be given so will do. Fold batch norm first.
-        calibration: (N, ...) inputs of the first block, on any device, in no particular order.
-        config: see ReconstructionConfig.
-        show: a progress bar. Where there is no terminal, a line for each block.
-
-    Returns:
-        A report for each block that has layers. In setting B a second one for each, of its steps.
-
-    Raises:
-        ValueError: what is quantized already, or as plan and cache_bytes. This comes before work.
-        FloatingPointError: a loss that is not finite. On any exception that block is as before, and
-            the earlier ones stay quantized.
-    """
-    blocks = list(nn.ModuleList(blocks))
-    if len(calibration) == 0 or not torch.isfinite(calibration).all():
-        raise ValueError("calibration is empty or holds NaN or infinity")
-    if rounded := list(input_quantizers(nn.ModuleList(blocks))):
-        raise ValueError(f"the inputs of {rounded} are quantized already: take a float network")
-    bits = plan(blocks, config)
-    abits = plan(blocks, config, inputs=True) if config.abits else None
-    last = max(i for i, layers in enumerate(bits) if layers)         # nothing behind it is run
-    home, size = device_of(blocks), cache_bytes(blocks[:last + 1], calibration)
-    device = torch.device(config.device or home)
-    cache = torch.device(config.cache_device or device)
-    # Setting B goes through the blocks twice: weights, then steps. The targets of its second pass
-    # come from a float copy. Round to nearest learns nothing, so one pass is enough.
-    twice = abits is not None and not config.joint and config.method != "rtn"
-    passes = [(blocks, bits, None if twice else abits)]              # targets, weights, inputs
-    if twice:
-        passes.append((copy.deepcopy(blocks), None, abits))
-    show, reports = show and config.method != "rtn", []
-    bar = tqdm(total=len(passes) * sum(map(bool, bits)) * config.iterations, disable=None if show
-               else True, desc=f"{config.method} W{config.bits}, {size / 1e6:,.0f} MB cached")
-    for targets, weights, inputs in passes:
-        x_fp = x_q = calibration.detach().to(cache)
-        # The loop at the head of this file. y_fp comes first, while the block is full precision.
-        for i, block in enumerate(blocks[:last + 1]):
-            y_fp = run(targets[i].eval().to(device), x_fp, config.batch_size, device, cache)
-            if bits[i]:
-                reports.append(_quantize_block(block.eval().to(device), x_q, y_fp, x_fp, config, i,
-                                               weights, inputs, home, bar))
-                if show and (bar.disable or reports[-1].best_iteration == 0):
-                    bar.write(f"block {i} of {last}: {reports[-1]}", file=sys.stderr)
-            x_fp, x_q = y_fp, run(block.eval().to(device), x_q, config.batch_size, device, cache)
-            targets[i].to(home), block.to(home)
-    bar.close()
-    nn.ModuleList(blocks).eval()
-    return reports
-
-
-# ---- What the method needs around it -------------------------------------------------------------
-
-def _quantize_block(block, x_q, y_fp, x_fp, config, i, bits, abits, home, bar) -> BlockReport:
-    """Place the quantizers of block i and learn them. `bits` are those of weights, `abits` those of
-    inputs, block by block. None: not in this pass. On any exception the block is as it was."""
-    try:
-        if abits is not None:                                        # steps start on one batch
-            batches = (x.to(device_of([block])) for x in x_q.split(config.batch_size))
-            flexround.quantize_inputs(block, next(batches), abits[i], config.symmetric, config.p,
-                                      QDROP if config.joint else 0.0, batches)
-        if bits is not None:                                         # a tied weight stays float
-            skip = set(quantizable_layers(block)) - set(bits[i])
-            x = x_fp[:START_INPUTS].to(device_of([block]))
-            flexround.quantize_layers(block, config, bits[i], skip, x)
-        report = reconstruct_block(block, x_q, y_fp, config, x_fp if config.drop > 0 else None, i,
-                                   lambda *_: bar.update())
-    except BaseException:
-        flexround.remove_input_quantizers(block.to(home))
-        if bits is not None:
-            flexround.fold(block, keep=False)
-        raise
-    for q in input_quantizers(block).values():
-        q.drop = 0.0                                                 # learned: nothing drops now
-    return report
+def put_back(parameters: list[nn.Parameter], values: list[Tensor]) -> None:
+    """Overwrite parameters with values of an earlier state."""
+    for p, value in zip(parameters, values, strict=True):
+        p.copy_(value)
 
 
 def learned_parameters(block: nn.Module, config: ReconstructionConfig) -> tuple[list, list]:
@@ -402,20 +202,27 @@ def learned_parameters(block: nn.Module, config: ReconstructionConfig) -> tuple[
     if kinds != {METHODS[config.method]}:
         found = ", ".join(kind.__name__ for kind in kinds) or "no quantizers (see quantize_layers)"
         raise ValueError(f"the block holds {found}: {config.method} is needed, as config says")
-    factors = [p for q in quantizers(block).values() for p in q.parameters()]
-    steps = [p for q in input_quantizers(block).values() for p in q.parameters()
-             if config.method != "rtn" and config.abits is not None]
-    return ([] if steps and not config.joint else factors), steps
+    factors, steps = [], []
+    for q in quantizers(block).values():
+        factors.extend(q.parameters())
+    if config.method != "rtn" and config.abits is not None:
+        for q in input_quantizers(block).values():
+            steps.extend(q.parameters())
+    if steps and not config.joint:                                   # the second pass of B
+        factors = []
+    return factors, steps
 
 
 @contextmanager
 def learning(block: nn.Module, learned: list[nn.Parameter], seed: int):
     """Within, only `learned` requires a gradient, and torch's generator, which draws what drops, is
     seeded. Afterwards both are as before, the quantizers are frozen, the block is in eval mode."""
-    before, device = [(p, p.requires_grad) for p in block.parameters()], device_of([block])
+    before = [(p, p.requires_grad) for p in block.parameters()]
+    device = device_of([block])
     cuda = device.type == "cuda"
-    own = {p for q in (*quantizers(block).values(), *input_quantizers(block).values())
-           for p in q.parameters()}
+    own = set()
+    for q in [*quantizers(block).values(), *input_quantizers(block).values()]:
+        own.update(q.parameters())
     block.requires_grad_(False)
     for p in learned:
         p.requires_grad_(True)
@@ -432,169 +239,473 @@ def learning(block: nn.Module, learned: list[nn.Parameter], seed: int):
         block.eval()
 
 
+def make_optimizer(block: nn.Module, factors: list, steps: list, config: ReconstructionConfig):
+    """Adam with a first rate for each kind of parameter: log s1, other factors, activations' steps.
+
+    The authors' code uses Adam with one rate. AdaQuant's V has the unit of a weight and log s1 has
+    none, so that AdaQuant needs two. FlexRound's factors are all logarithms, and one rate will do.
+    """
+    s1s, others = [], list(factors)
+    for q in quantizers(block).values():
+        if q.learns_s1 and factors:
+            s1s.append(q.log_s1)
+            others = [p for p in others if p is not q.log_s1]
+    lr = config.default("lr")
+    rates = [(others, lr), (s1s, config.default("s1_lr") or lr), (steps, config.step_lr or STEP_LR)]
+    groups = [{"params": p, "lr": rate, "first": rate} for p, rate in rates if p]
+    return torch.optim.Adam(groups, fused=True)
+
+
+def make_iteration(block: nn.Module, x_q: Tensor, y_fp: Tensor, config: ReconstructionConfig,
+                   x_fp: Tensor | None = None, index: int = 0, start_loss: float = 1.0):
+    """Return iterate(i), which runs iteration i (from 0) of a block and returns its batch's loss.
+
+    The loss stays on the device as a scalar tensor, so that nothing waits for the device. The
+    arguments are those of reconstruct_block, and start_loss, the loss of round to nearest.
+    """
+    device, total = device_of([block]), config.iterations
+    factors, steps = learned_parameters(block, config)
+    optimizer = make_optimizer(block, factors, steps, config)
+
+    # Each batch is a fresh draw from all inputs, so that none of them is always seen together with
+    # the same others. All methods draw the same batches, because only the seed decides.
+    draw = torch.Generator().manual_seed(1000 * config.seed + index)
+    batches = [torch.randperm(len(x_q), generator=draw)[:config.batch_size] for _ in range(total)]
+    batches = torch.stack(batches).to(x_q.device)                    # (iterations, batch)
+
+    # Only AdaRound has a regulariser: a number from 0 to 1 for each weight, summed. We multiply it
+    # by a multiple of the block's loss at the start, shared out among the weights. So it means the
+    # same in a block whose loss is 0.1 and in one whose loss is 10,000.
+    regularised = [q for q in quantizers(block).values() if factors and hasattr(q, "regulariser")]
+    reg_weight = 0.0
+    if regularised:
+        count = sum(q.V.numel() for q in regularised)
+        reg_weight = config.default("reg_weight") * start_loss / count
+    dropping = [q for q in input_quantizers(block).values() if q.drop > 0]
+
+    def drawn(tensor, i):
+        return tensor.detach().index_select(0, batches[i].to(tensor.device)).to(device)
+
+    def iterate(i):
+        # The rate. It falls to 0 along half a cosine, so that the last steps settle.
+        for group in optimizer.param_groups:
+            group["lr"] = group["first"] * (1 + math.cos(math.pi * i / total)) / 2
+
+        # The batch: inputs behind quantized blocks, and what the float block made of float ones.
+        x, y = drawn(x_q, i), drawn(y_fp, i)
+
+        # QDrop: element by element, the full-precision input instead of the quantized one.
+        if config.drop > 0:
+            x = torch.where(torch.rand(x.shape, device=device) < config.drop, drawn(x_fp, i), x)
+
+        # The loss: the objective of section 3.1. In train mode AdaRound is soft and LSQ drops. In
+        # the second pass of B no weight changes, so there each is quantized only once.
+        for q in regularised + dropping:
+            q.train()
+        with nullcontext() if factors else parametrize.cached():
+            loss = block_loss(block(x), y, config.channel_dim)
+        share, beta = flexround.AdaRound.schedule(i / total)
+        for q in regularised:
+            loss = loss + share * reg_weight * q.regulariser(beta)
+
+        # The step.
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    return iterate
+
+
+@torch.no_grad()
+def evaluate(block: nn.Module, x: Tensor, y_fp: Tensor, config: ReconstructionConfig) -> float:
+    """block_loss over all of x, a batch at a time."""
+    device, total = device_of([block]), 0.0
+    with parametrize.cached():                                       # quantize each weight once
+        for xs, ys in zip(x.split(config.batch_size), y_fp.split(config.batch_size), strict=True):
+            y = block(xs.to(device, copy=True))                      # it may work in place
+            loss = block_loss(y, ys.to(device), config.channel_dim)
+            total += len(xs) * loss.double()
+    return float(total) / len(x)
+
+
 def check_finite(history: list[float], loss: float, index: int, config) -> None:
     """FloatingPointError that names the first iteration whose loss is not finite."""
-    if bad := [i for i, value in enumerate([*history, loss], 1) if not math.isfinite(value)]:
-        when = (f"at iteration {min(bad[0], len(history))} of {config.iterations}: try a smaller lr"
-                if history else "before training. Do its activations overflow?")
-        raise FloatingPointError(f"block {index}, {config.method}: the loss is not finite {when}")
+    for i, value in enumerate([*history, loss], 1):
+        if not math.isfinite(value):
+            when = "before training. Do its activations overflow?"
+            if history:
+                i = min(i, len(history))
+                when = f"at iteration {i} of {config.iterations}: try a smaller lr"
+            raise FloatingPointError(f"block {index}, {config.method}: the loss is not finite "
+                                     f"{when}")
 
 
-def plan(blocks, config: ReconstructionConfig, inputs: bool = False) -> list[dict[str, int]]:
+def reconstruct_block(block: nn.Module, x_q: Tensor, y_fp: Tensor, config: ReconstructionConfig,
+                      x_fp: Tensor | None = None, index: int = 0, progress=None) -> BlockReport:
+    """Learn the factors of a block's quantizers, in place: descend block_loss(block(x_q), y_fp).
+
+    At the start and after each quarter of the iterations we evaluate all of the calibration set,
+    because single batches differ too much in difficulty, and at the end we keep the best state. We
+    evaluate with hard codes, those that will be stored. (AdaRound learns with soft ones: while h is
+    between 0 and 1 its loss can be small, and it may still be large once h is 0 or 1.)
+
+    Afterwards the block is in eval mode and its factors are frozen. We touch no other parameter.
+
+    Args:
+        block: a module with quantizers in place (flexround.quantize_layers).
+        x_q: (N, ...) the block's inputs behind quantized blocks, X_tilde.
+        y_fp: (N, ...) its full-precision outputs on full-precision inputs.
+        config: see ReconstructionConfig, and learned_parameters for what is learned.
+        x_fp: (N, ...) the full-precision inputs X. Needed where config.drop > 0.
+        index: the block's place in the network. It seeds the batches and is named in errors.
+        progress: called as progress(iterations done, last evaluated loss) after each iteration.
+
+    Raises:
+        FloatingPointError: a loss that is not finite. On any exception the factors are as before.
+        ValueError: other quantizers than config's, or within parametrize.cached().
+    """
+    began = time.perf_counter()
+    factors, steps = learned_parameters(block, config)
+    learned = factors + steps
+    if learned and parametrize._cache_enabled:                       # it would hide what is learned
+        raise ValueError("within parametrize.cached() nothing can be learned: leave it first")
+    if config.drop > 0 and x_fp is None:
+        raise ValueError(f"input_drop = {config.drop} needs x_fp, the full-precision input")
+    if config.batch_size > len(x_q) and learned:
+        warnings.warn(f"batch_size = {config.batch_size}, but there are only {len(x_q)} inputs",
+                      stacklevel=2)
+
+    total = config.iterations if learned else 0                      # round to nearest: none
+    marks = {total * quarter // 4 for quarter in range(1, 5)}        # when to evaluate
+    initial = [p.detach().clone() for p in learned]
+    history = torch.zeros(total, dtype=torch.float64, device=device_of([block]))
+    with learning(block, learned, 1000 * config.seed + index):       # a seed for each block
+        try:
+            # The start, which is round to nearest. It is the first candidate.
+            block.eval()                                             # hard codes, nothing drops
+            loss = evaluate(block, x_q, y_fp, config)
+            check_finite([], loss, index, config)
+            evaluations = [(0, loss)]
+            best, best_loss, best_iteration = initial, loss, 0
+            if learned:
+                iterate = make_iteration(block, x_q, y_fp, config, x_fp, index, loss)
+
+            for done in range(1, total + 1):
+                history[done - 1] = iterate(done - 1)                # stays on the device
+                if done in marks:
+                    block.eval()
+                    loss = evaluate(block, x_q, y_fp, config)
+                    check_finite(history[:done].tolist(), loss, index, config)
+                    evaluations.append((done, loss))
+                    if loss < best_loss:
+                        best = [p.detach().clone() for p in learned]
+                        best_loss, best_iteration = loss, done
+                if progress is not None:
+                    progress(done, loss)
+        except BaseException:                                        # an interrupt as well
+            put_back(learned, initial)
+            raise
+    put_back(learned, best)
+    return BlockReport(index, bits_in_place(quantizers(block)), evaluations[0][1], best_loss,
+                       best_iteration, evaluations, history.tolist(), time.perf_counter() - began,
+                       bits_in_place(input_quantizers(block)))
+
+
+def bits_in_place(found: dict[str, nn.Module]) -> dict[str, int]:
+    """The bits of quantizers, by the name of their layer."""
+    return {name: q.bits for name, q in found.items()}
+
+
+# ---- A network: block after block ----------------------------------------------------------------
+
+def bits_of_layers(blocks, bits: int, end_bits: int | None, skip=()) -> list[dict[str, int]]:
     """How many bits each layer gets: for each block a dictionary from layer name to bits.
 
-    nn.Linear and nn.Conv2d are quantized. Embeddings, a head tied to an embedding, norms and all
-    else stay float. end_bits goes to the first layer of the first block and the last of the last,
-    layer_bits overrides both. With inputs=True, the bits of the layers' inputs: abits, end_bits.
-    We warn of weights that stay float, and of bits that no layer has. ValueError: layer_bits names
-    what is not there, a layer in two blocks, no layer, or as flexround.quantizable_layers.
+    The first layer of the first block and the last layer of the last block get end_bits (section
+    4 of the paper: 8), unless it is None. skip: names "<block>.<layer>" that stay float.
     """
-    model = nn.ModuleList(blocks)                                    # names: "<block>.<layer>"
-    if config.method != "rtn" and any(p.dtype == torch.float16 for p in model.parameters()):
-        raise ValueError("the network is in torch.float16, where Adam overflows: use .float()")
-    layers, names = quantizable_layers(model), dict(model.named_modules())
-    for i, block in enumerate(blocks):                               # a module is named only once
-        for name in quantizable_layers(block):
-            if f"{i}.{name}".rstrip(".") not in names:
-                raise ValueError(f"layer {name!r} of block {i} stands in an earlier block, too")
-    for name in config.layer_bits:
-        if name not in layers:
-            raise ValueError(f"layer_bits names {name!r}: the layers are {list(layers)}")
+    layers = quantizable_layers(nn.ModuleList(blocks), skip)         # "<block>.<layer>", or
+    found = [{} for _ in blocks]                                     # "<block>" for a bare layer
+    for full_name in layers:
+        index, _, name = full_name.partition(".")
+        found[int(index)][name] = bits
+    if end_bits is not None:
+        first, last = list(found[0]), list(found[-1])
+        if first:
+            found[0][first[0]] = end_bits
+        if last:
+            found[-1][last[-1]] = end_bits
+    return found
+
+
+def check_network(blocks, calibration: Tensor, config: ReconstructionConfig, skip=()) -> None:
+    """Find what would fail, or would silently go wrong, before any work is done. blocks are float.
+    ValueError: what is not allowed, by block or layer."""
+    if not isinstance(calibration, Tensor):
+        raise ValueError(f"calibration is a {type(calibration).__name__}: one Tensor, (N, ...), "
+                         "is allowed")
+    if len(calibration) == 0 or not torch.isfinite(calibration).all():
+        raise ValueError("calibration is empty or holds NaN or infinity")
+    if torch.is_inference_mode_enabled():
+        raise ValueError("within torch.inference_mode() nothing can be learned: leave it first")
+    model = nn.ModuleList(blocks)
+    modules = dict(model.named_modules())                            # a module is named only once
+    for name in skip:
+        if name not in modules:
+            raise ValueError(f"skip names {name!r}: the modules are {list(modules)[1:]}")
+    layers = quantizable_layers(model, skip)
     if not layers:
         raise ValueError("nothing to quantize: no block has an nn.Linear or an nn.Conv2d")
-    asked = config.abits if inputs else config.bits
-    bits = dict.fromkeys(layers, asked)
-    if config.end_bits is not None:
-        first, last = ([name for name in layers if name.split(".")[0] == str(i)]
-                       for i in (0, len(blocks) - 1))
-        bits |= dict.fromkeys(first[:1] + last[-1:], config.end_bits)
-        if empty := [i for i in (0, len(blocks) - 1) if not [*blocks[i].parameters()]]:
-            warnings.warn(f"end_bits skips block {empty}, no weight: join it to one", stacklevel=3)
-    bits |= {} if inputs else config.layer_bits
-    norm, known = nn.modules.batchnorm._BatchNorm, (nn.Embedding, nn.Linear, nn.Conv2d)
-    left = [f"{name} ({type(m).__name__})" for name, m in names.items() if isinstance(m, norm)
-            or name not in layers and not isinstance(m, known)
-            and any("weight" in n and p.dim() > 1 for n, p in m.named_parameters(recurse=False))]
-    if left and not inputs:
-        hint = ". Fold batch norm first: models.fold_batchnorm" if "BatchNorm" in str(left) else ""
-        warnings.warn(f"we quantize nn.Linear and nn.Conv2d, these stay float: {left}{hint}",
+    for name, layer in layers.items():
+        flexround.check_weight(layer.weight, f"layer {name!r}: W")
+    x = calibration[:2].to(device_of(blocks))
+    last = max(int(name.partition(".")[0]) for name in layers)       # nothing behind it is run
+    for i, block in enumerate(blocks[:last + 1]):
+        own = []
+        for name in quantizable_layers(block):
+            full_name = f"{i}.{name}".rstrip(".")                    # a bare layer's name is ''
+            if full_name not in modules:
+                raise ValueError(f"layer {name!r} of block {i} is in an earlier block as well")
+            if full_name in layers:
+                own.append(name)
+        x = check_block(copy.deepcopy(block).eval(), x, i, own if config.method != "rtn" else [])
+
+
+def check_block(block: nn.Module, x: Tensor, index: int, learned: list[str]) -> Tensor:
+    """check_network for one block, a copy, on x of one or two inputs. Returns block(x).
+
+    We run it on the first input, on both, and on the first again. Its output for the first has to
+    be the same each time, because we cut batches along dim 0 and draw them at random. And a
+    gradient has to reach the weights of the layers that are learned.
+    """
+    with torch.no_grad():
+        y = block(x[:1].clone())
+        if not isinstance(y, Tensor) or y.shape[:1] != (1,) or not torch.isfinite(y).all():
+            raise ValueError(f"block {index} returns {type(y).__name__} {getattr(y, 'shape', '')}: "
+                             "for one input a finite tensor with one row is needed")
+        both = block(x.clone())
+        again = block(x[:1].clone())
+    noise = torch.finfo(y.dtype).eps ** 0.5 * y.abs().max()          # kernels depend on the shape
+    alike = both.shape[:1] == x.shape[:1] and (both[:1] - y).abs().max() <= noise
+    if not alike or (again - y).abs().max() > noise:
+        raise ValueError(f"block {index} returns something else for an input when another one is "
+                         "beside it or was there before it: dim 0 has to be the inputs (batch "
+                         "first), and a block has to depend on its input alone, row by row")
+    if learned:
+        weights = [block.get_submodule(name).weight.requires_grad_() for name in learned]
+        with torch.enable_grad():
+            y = block(x[:1].clone())
+        reached = [None]
+        if y.requires_grad:
+            reached = torch.autograd.grad(y.sum(), weights, allow_unused=True)
+        if all(gradient is None for gradient in reached):
+            raise ValueError(f"block {index}: no gradient reaches its weights {learned} (no_grad, "
+                             "detach, or layers that it does not call in eval mode)")
+    return both
+
+
+def warn_of_float_weights(blocks, layers: dict[str, nn.Module]) -> None:
+    """Warn of weights that stay float, where somebody might expect otherwise: batch norm, and what
+    is neither a layer that we quantize nor an embedding, if it is more than 3 % of the weights."""
+    model = nn.ModuleList(blocks)
+    known = {id(layer.weight) for layer in layers.values()}
+    norms = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+            known.add(id(module.weight))
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            norms.append(name)
+    left = {name: p.numel() for name, p in model.named_parameters()
+            if p.dim() > 1 and id(p) not in known}
+    share = sum(left.values()) / sum(p.numel() for p in model.parameters())
+    if share > 0.03:
+        warnings.warn(f"{share:.0%} of the parameters stay float, the largest is "
+                      f"{max(left, key=left.get)}: we quantize nn.Linear and nn.Conv2d",
                       stacklevel=3)
-    if set(bits.values()) == {config.end_bits} != {asked}:
-        warnings.warn(f"no layer is left at {'abits' if inputs else 'bits'} = {asked}: {bits}. "
-                      "end_bits = None makes no exception of the first and the last", stacklevel=3)
-    return [{name.partition(".")[2]: b for name, b in bits.items() if name.split(".")[0] == str(i)}
-            for i in range(len(blocks))]
+    if norms:
+        warnings.warn(f"batch norm stays float: {norms}. Fold it first: models.fold_batchnorm",
+                      stacklevel=3)
+
+
+def warn_of_end_bits(blocks, bits: list[dict[str, int]], config: ReconstructionConfig) -> None:
+    """Warn where end_bits go to no layer, or to all layers."""
+    for i in (0, len(blocks) - 1):
+        if not list(blocks[i].parameters()):
+            warnings.warn(f"end_bits skips block {i}, no weight: join it to one", stacklevel=3)
+    used = set().union(*(layers.values() for layers in bits))
+    if used == {config.end_bits} != {config.bits}:
+        warnings.warn(f"no layer is left at bits = {config.bits}: {bits}. end_bits = None makes no "
+                      "exception of the first and the last", stacklevel=3)
 
 
 @torch.no_grad()
-def cache_bytes(blocks, calibration: Tensor) -> int:
-    """The most bytes of activations that are cached at a time, found by a run on one input.
-    ValueError: a block that does not return a finite tensor for it."""
-    sizes, x = [calibration[0].nbytes], calibration[:1]
-    for i, block in enumerate(blocks):                               # a copy: the mode stays
-        x = copy.deepcopy(block).eval()(x.to(device_of(blocks), copy=True))
-        if not isinstance(x, Tensor) or x.shape[:1] != (1,) or not torch.isfinite(x).all():
-            raise ValueError(f"block {i} returns {type(x).__name__} {getattr(x, 'shape', '')}: for "
-                             "one input a finite tensor with one row is needed")
-        sizes.append(x.nbytes)
-    # At most x_fp and x_q, the inputs of a block, and the same two of its outputs.
-    return len(calibration) * max(2 * (a + b) for a, b in zip(sizes, sizes[1:], strict=False))
+def run(block: nn.Module, x: Tensor, batch_size: int, device, cache_device) -> Tensor:
+    """block(x) for all of x, a batch at a time. The result is on cache_device."""
+    outputs = []
+    with parametrize.cached():                                       # quantize each weight once
+        for xs in x.split(batch_size):
+            y = block(xs.to(device, copy=True))                      # it may work in place
+            outputs.append(y.to(cache_device))
+    return torch.cat(outputs)
 
 
-def device_of(blocks) -> torch.device:
-    """The device of the first parameter. The CPU where there is none."""
-    return next((p.device for block in blocks for p in block.parameters()), torch.device("cpu"))
+def place_quantizers(block: nn.Module, x_q: Tensor, x_fp: Tensor, config: ReconstructionConfig,
+                     bits: dict[str, int], abits: dict[str, int]) -> None:
+    """Put quantizers on the weights of the layers in bits, and on the inputs of those in abits."""
+    device = device_of([block])
+    if bits:                                                         # round to nearest so far
+        skip = set(quantizable_layers(block)) - set(bits)
+        flexround.quantize_layers(block, config, bits, skip, x_fp[:START_INPUTS].to(device))
+    if abits:                                                        # steps start on one batch
+        batches = (xs.to(device) for xs in x_q.split(config.batch_size))
+        drop = QDROP if config.joint else 0.0
+        flexround.quantize_inputs(block, next(batches), abits, config.symmetric, config.p, drop,
+                                  batches)
 
 
-# ---- The integers, out and back ------------------------------------------------------------------
+def one_pass(blocks, floats, calibration: Tensor, config: ReconstructionConfig,
+             bits: list[dict[str, int]], abits: list[dict[str, int]], clock) -> list[BlockReport]:
+    """The loop at the head of this file: once through all blocks, in place.
 
-def pack(codes: Tensor, bits: int) -> Tensor:
-    """Unsigned codes below 2^bits as bytes: one behind the other, least significant bit first."""
-    ones = np.unpackbits(codes.to(torch.uint8).numpy().reshape(-1, 1), axis=1, bitorder="little")
-    return torch.from_numpy(np.packbits(ones[:, :bits], bitorder="little"))
-
-
-def unpack(data: Tensor, bits: int, count: int) -> Tensor:
-    """The inverse of pack: int32, (count,)."""
-    ones = np.unpackbits(data.numpy(), count=count * bits, bitorder="little").reshape(count, bits)
-    return torch.from_numpy(np.packbits(ones, axis=1, bitorder="little")[:, 0].astype(np.int32))
-
-
-@torch.no_grad()
-def save_quantized(model: nn.Module, path) -> int:
-    """Write a quantized model as integers, and return the file's size in bytes.
-
-    The file is torch's own format, read with weights_only=True, so that no code runs. A dict of:
-
-        format   "flexround-quantized, 3"
-        layers   by name: bits, symmetric, shape, s1, zero_point and codes. The codes are packed,
-                 and are code - lo, where lo is -2^(bits-1) if symmetric, else 0. Then
-                 W_hat = s1 * (code - zero_point)
-        inputs   of layers whose input is quantized, by name: bits, signed, log_step, zero_point
-        rest     what else state_dict holds: biases, norms, embeddings, buffers
-
-    We write beside path and move the file there, so that a file of that name is never half a file.
-    ValueError: no quantizers in model.
+    floats are the same blocks in full precision, for the targets. They may be the blocks
+    themselves, because we take a block's target before we quantize it. bits and abits say for each
+    block which weights and which inputs are quantized in this pass. A block that has neither, {},
+    is only run.
     """
-    if not quantizers(model):
-        raise ValueError("the model holds no quantizers: save it after quantize_model, before fold")
-    file = {"format": "flexround-quantized, 3", "layers": {}, "inputs": {}, "rest": {
-        key: value.cpu() for key, value in model.state_dict().items()
-        if ".parametrizations.weight." not in f".{key}" and ".input_quantizer." not in f".{key}"}}
-    for name, layer in model.named_modules(remove_duplicate=False):  # every name, as in state_dict
-        if q := quantizers(layer).get(""):
-            codes = q.codes(layer.parametrizations.weight.original).cpu().clamp(q.lo, q.hi)
-            if not torch.equal(q.s1.cpu() * (codes - q.zero_point.cpu()), layer.weight.cpu()):
-                raise ValueError(f"{name}: W_hat is not s1 * integers() within bounds (call eval?)")
-            file["layers"][name] = {
-                "bits": q.bits, "symmetric": q.symmetric, "s1": q.s1.cpu(), "zero_point":
-                q.zero_point.cpu(), "shape": list(codes.shape), "codes": pack(codes - q.lo, q.bits)}
-    for name, q in input_quantizers(model).items():
-        file["inputs"][name] = {"bits": q.bits, "signed": q.signed, "log_step": q.log_step.cpu(),
-                                "zero_point": q.zero_point.cpu()}
-    with tempfile.TemporaryDirectory(dir=Path(path).absolute().parent) as beside:
-        torch.save(file, Path(beside) / "file")
-        Path(beside, "file").replace(path)
-    return Path(path).stat().st_size
+    home = device_of(blocks)
+    device = torch.device(config.device or home)
+    cache = torch.device(config.cache_device or device)
+    reports = []
+    x_fp = x_q = calibration.detach().to(cache)
+    for i, block in enumerate(blocks):
+        try:
+            # The target comes first, while the block is full precision.
+            y_fp = run(floats[i].eval().to(device), x_fp, config.batch_size, device, cache)
+            block.eval().to(device)
+            if bits[i] or abits[i]:
+                try:
+                    place_quantizers(block, x_q, x_fp, config, bits[i], abits[i])
+                    report = reconstruct_block(block, x_q, y_fp, config, x_fp, i, clock.iteration)
+                except BaseException:                                # the block as it was
+                    flexround.remove_input_quantizers(block)
+                    if bits[i]:
+                        flexround.fold(block, keep=False)
+                    raise
+                for q in input_quantizers(block).values():
+                    q.drop = 0.0                                     # learned: nothing drops now
+                reports.append(report)
+                clock.block(report)
+            x_fp, x_q = y_fp, run(block, x_q, config.batch_size, device, cache)
+        finally:
+            floats[i].to(home)
+            block.to(home)
+    return reports
 
 
-def load_quantized(model: nn.Module, path) -> nn.Module:
-    """Put the weights of a file of save_quantized into a float network. Return it in eval mode.
+class Clock:
+    """Says on stderr how far we are: a line a block, in a long block one every ten seconds."""
 
-    The result computes what the saved model does. Its layers are plain and hold W_hat, and inputs
-    that were quantized are quantized again. We check all before we change the first tensor. model
-    is the saved model's float architecture, batch norm folded where it was there.
-    ValueError: another kind of file, or another architecture (it names the layer).
+    def __init__(self, iterations: int, show: bool):
+        self.total = iterations                                      # of all blocks and passes
+        self.show = show
+        self.done = 0
+        self.began = self.spoken = time.perf_counter()
+
+    def say(self, line: str) -> None:
+        self.spoken = time.perf_counter()
+        left = (self.spoken - self.began) * (self.total / max(self.done, 1) - 1)
+        if self.show:
+            print(f"{line} (about {max(left, 0):.0f} s left)", file=sys.stderr, flush=True)
+
+    def iteration(self, i: int, loss: float) -> None:
+        self.done += 1
+        if time.perf_counter() - self.spoken > 10:
+            self.say(f"iteration {i}, last evaluated loss {loss:.3g}")
+
+    def block(self, report: BlockReport) -> None:
+        bits = ", ".join(f"{name or 'weight'} {b}" for name, b in report.bits.items())
+        self.say(f"block {report.index} (bits: {bits}): {report}")
+
+
+def quantize_model(blocks, calibration: Tensor, config: ReconstructionConfig, show: bool = True,
+                   skip=()) -> list[BlockReport]:
+    """Quantize a network block after block, in place: the paper's method from end to end.
+
+    Afterwards the factors are frozen and the blocks are in eval mode. flexround.fold makes the
+    result permanent. Fold before you call net.train(), because in train mode AdaRound is soft.
+
+    If a call was interrupted, call it again with the same arguments: it keeps the blocks that were
+    learned and goes on behind them. The result is what it would have been.
+
+    Args:
+        blocks: a list or nn.ModuleList of Tensor -> Tensor modules which, one after the other, are
+            the network. Any network that can be given so will do. Fold batch norm first.
+        calibration: (N, ...) inputs of the first block, on any device, in no particular order.
+        config: see ReconstructionConfig.
+        show: print a line a block, and in long blocks one every ten seconds, with the time left.
+        skip: layers that stay float, by the name "<block>.<layer>".
+
+    Returns:
+        A report for each block that was learned. In setting B a second one for each, of its steps.
+
+    Raises:
+        ValueError: as check_network, or quantizers in place that are not config's. This comes
+            before any work.
+        FloatingPointError: a loss that is not finite. On any exception that block is as before, and
+            the earlier ones stay quantized.
     """
-    try:
-        file = torch.load(path, map_location="cpu", weights_only=True)
-        if file["format"] != "flexround-quantized, 3":
-            raise ValueError(f"format {file['format']!r}")
-        state, inputs = dict(file["rest"]), {}
-        for name, a in file["layers"].items():
-            codes = unpack(a["codes"], a["bits"], math.prod(a["shape"])).view(a["shape"])
-            codes += code_range(a["bits"], a["symmetric"])[0]
-            state[f"{name}.weight".lstrip(".")] = a["s1"] * (codes - a["zero_point"])
-        for name, a in file["inputs"].items():
-            inputs[name] = flexround.LSQ(a["bits"], a["signed"], a["log_step"], a["zero_point"])
-    except FileNotFoundError:
-        raise
-    except Exception as error:                                       # torch raises many kinds
-        raise ValueError(f"{path}: truncated, damaged or not a file of save_quantized "
-                         f"({type(error).__name__}: {str(error).partition(chr(10))[0]})") from error
-    theirs, ours = ({key: (t.dtype, tuple(t.shape)) for key, t in tensors.items()}
-                    for tensors in (state, model.state_dict()))
-    theirs |= dict.fromkeys(inputs, "a layer")
-    ours |= {name: "a layer" for name, _ in model.named_modules() if name in inputs}
-    for key in [*theirs, *ours]:
-        if theirs.get(key) != ours.get(key):
-            raise ValueError(f"{path}: another architecture, or no float network: {key!r} is "
-                             f"{theirs.get(key)} in the file, {ours.get(key)} in the model")
-    model.load_state_dict(state)
-    for name, quantizer in inputs.items():
-        quantizer.requires_grad_(False).to(device_of([model]))
-        flexround.place_input_quantizer(model.get_submodule(name), quantizer)
-    return model.eval()
+    blocks = list(nn.ModuleList(blocks))
+    model = nn.ModuleList(blocks)
+    # Setting B goes through the blocks twice: weights, then steps. Round to nearest learns nothing,
+    # so one pass is enough.
+    twice = config.abits is not None and not config.joint and config.method != "rtn"
+    floats = blocks
+    if twice or quantizers(model):                                   # targets need a float network
+        floats = copy.deepcopy(blocks)
+        flexround.fold(nn.ModuleList(floats), keep=False)
+
+    check_network(floats, calibration, config, skip)
+    warn_of_float_weights(floats, quantizable_layers(nn.ModuleList(floats), skip))
+    nothing = [{} for _ in blocks]
+    bits = bits_of_layers(floats, config.bits, config.end_bits, skip)
+    abits = nothing
+    if config.abits is not None:
+        abits = bits_of_layers(floats, config.abits, config.end_bits, skip)
+    warn_of_end_bits(floats, bits, config)
+    last = max(i for i, layers in enumerate(bits) if layers)         # nothing behind it is run
+    if quantizers(model):
+        leave_out_done(blocks, bits, abits, config)
+
+    passes = [(bits, nothing), (nothing, abits)] if twice else [(bits, abits)]
+    count = sum(map(bool, bits)) + (sum(map(bool, abits)) if twice else 0)    # blocks to learn
+    clock = Clock(count * config.iterations, show and config.method != "rtn")
+    reports = []
+    for weights, inputs in passes:
+        reports += one_pass(blocks[:last + 1], floats, calibration, config, weights, inputs, clock)
+    model.eval()
+    return reports
+
+
+def leave_out_done(blocks, bits: list, abits: list, config: ReconstructionConfig) -> None:
+    """Empty what an interrupted call has learned already in bits and abits, so that it is only run.
+    ValueError: quantizers that no call with this config has learned."""
+    done = []
+    for i, block in enumerate(blocks):
+        own, rounded = quantizers(block), input_quantizers(block)
+        if not own and not rounded:
+            continue
+        kinds = {type(q) for q in own.values()}
+        fresh = any(p.requires_grad for q in own.values() for p in q.parameters())
+        if kinds != {METHODS[config.method]} or bits_in_place(own) != bits[i] or fresh or \
+                (rounded and config.abits is None):
+            raise ValueError(f"block {i} is quantized already, and not as config says: give a "
+                             "float network (flexround.fold(block, keep=False) makes it one)")
+        bits[i] = {}
+        if rounded:
+            abits[i] = {}
+        done.append(i)
+    warnings.warn(f"blocks {done} are quantized already: we keep them and go on", stacklevel=3)
 
 
 # ---- The main job --------------------------------------------------------------------------------
@@ -608,6 +719,7 @@ def parser() -> argparse.ArgumentParser:
     add("--bits", nargs="+", type=int, default=[3, 2], help="of a weight, 2 to 8")
     add("--abits", type=int, help="of each layer's input, 2 to 8. None: weights only")
     add("--setting", default="B", help="with --abits: B or Q")
+    add("--start", default="outputs", help="of s1: the least error of the outputs or the weights")
     add("--iterations", type=int, default=250, help="per block. The paper has 5,000 for CNNs")
     add("--lr", type=float, help="first rate. None: each method's default_lr")
     add("--seed", type=int, default=0, help="of the calibration inputs and of the batches")
@@ -617,52 +729,57 @@ def parser() -> argparse.ArgumentParser:
     return flags
 
 
-def one_run(job) -> tuple:
+def one_run(job) -> float:
     """Score one network with one config (None: full precision)."""
     import models
-    key, config, name, options = job
+    config, name, options, device = job
     task = models.load_task(name, **options)
     if config is not None:
-        quantize_model(task.net.blocks, task.calibration,
-                       replace(config, batch_size=task.batch_size), show=False)
+        config = replace(config, batch_size=task.batch_size)
+        quantize_model(task.net.blocks, task.calibration, config, show=False)
     with parametrize.cached():                                       # quantize each weight once
-        return key, task.score(task.net.to(config.device if config else "cpu"))
+        return task.score(task.net.to(device))
 
 
 def main(arguments=None) -> None:
     """Score each network at each number of bits with each method, and print the table."""
     import models
     args = parser().parse_args(arguments)
-    options = {"data": args.data, "networks": args.networks or models.NETWORKS, "seed": args.seed}
-    configs = [ReconstructionConfig(method, bits, iterations=args.iterations, seed=args.seed,
-                                    lr=args.lr, abits=args.abits, setting=args.setting,
-                                    device=args.device)
-               for bits in args.bits for method in args.method]
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device {args.device}: torch sees no CUDA device here")
-    for name in args.model:                                          # what is missing is said here
-        print(f"{name}: {models.load_task(name, **options).about}")
+    cpu = args.device == "cpu"
+    options = {"data": args.data, "networks": args.networks or models.NETWORKS, "seed": args.seed}
     activations = f"A{args.abits}" if args.abits else ""
-    labels = {f"W{config.bits}{activations} {config.method}": config for config in configs}
-    jobs = [(f"{name} {label}", config, name, options) for name in args.model
-            for label, config in {"full precision": None, **labels}.items()]
+    jobs, rows = [], []
+    for name in args.model:
+        print(f"{name}: {models.load_task(name, **options).about}")  # what is missing is said here
+        jobs.append((None, name, options, args.device))
+        for bits in args.bits:
+            rows.append((name, f"W{bits}{activations}"))
+            for method in args.method:
+                config = ReconstructionConfig(
+                    method, bits, start=args.start, iterations=args.iterations, lr=args.lr,
+                    seed=args.seed, abits=args.abits, setting=args.setting, device=args.device)
+                jobs.append((config, name, options, args.device))
     # The runs do not depend on each other. On a CPU we make them side by side, in processes of one
     # thread each. This takes the least time, and the number of cores then changes no result.
-    workers = min(len(jobs), multiprocessing.cpu_count(), 8) if args.device == "cpu" else 1
+    workers = min(len(jobs), multiprocessing.cpu_count(), 8) if cpu else 1
     print(f"{len(jobs)} runs, {workers} at a time, {args.iterations} iterations for each block, "
-          f"torch {torch.__version__} on {args.device}", flush=True)
-    names, began, found = [METHODS[m].__name__ for m in args.method], time.perf_counter(), {}
+          f"torch {torch.__version__} on {args.device}\n")
+    titles = ["network", "bits", "full precision", *(METHODS[m].__name__ for m in args.method)]
+    print(f"| {' | '.join(titles)} |\n{'|---' * len(titles)}|", flush=True)
+    began = time.perf_counter()
     with multiprocessing.get_context("spawn").Pool(workers, torch.set_num_threads, (1,)) as pool:
-        for key, score in pool.imap_unordered(one_run, jobs):
-            found[key] = score
-            left = (time.perf_counter() - began) * (len(jobs) / len(found) - 1)
-            print(f"{key}: {score:.2f} (about {left:.0f} s left)", flush=True)
-        pool.close(), pool.join()
-    print("\n| network | bits | full precision |", " | ".join(names), "|")
-    print("|---|---|---|" + "---|" * len(names))
-    for name, bits in itertools.product(args.model, (f"W{b}{activations}" for b in args.bits)):
-        keys = [f"{name} full precision", *(f"{name} {bits} {method}" for method in args.method)]
-        print(f"| {name} | {bits} |", *(f"{found[key]:.2f} |" for key in keys))
+        scores = pool.imap(one_run, jobs)                            # in the order of the jobs
+        for count, (name, bits) in enumerate(rows, 1):
+            if bits == rows[0][1]:                                   # the network's first row
+                full = next(scores)
+            own = " | ".join(f"{next(scores):.2f}" for _ in args.method)
+            print(f"| {name} | {bits} | {full:.2f} | {own} |", flush=True)
+            left = (time.perf_counter() - began) * (len(rows) / count - 1)
+            print(f"(about {left:.0f} s left)", file=sys.stderr, flush=True)
+        pool.close()
+        pool.join()
 
 
 if __name__ == "__main__":

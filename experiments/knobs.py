@@ -29,14 +29,14 @@ HERE = Path(__file__).parent / "knobs.jsonl"
 START = {"start": "outputs"}
 
 # network: bits, blocks, spread of the channels, inputs
-PLACES = {"lite0": (4, (1, 6, 13), 1, 256), "resnet20": (3, (1, 4, 8), 1, 256),
+PLACES = {"lite0": (4, (1, 13), 1, 256), "resnet20": (3, (1, 4, 8), 1, 256),
           "resnet": (2, (1, 2, 3), 1, 256), "resnet x 16": (2, (1, 2, 3), 16, 256),
           "mobilenet": (2, (1, 3, 5), 1, 256), "gpt": (2, (1, 2, 3), 1, 128)}
-# 12 runs a method: the rate, and the one knob that only this method has.
+# 15 runs a method: the rate, and the one knob beside it. Then its best with three other starts.
 GRIDS = {
-    "adaround": {"lr": (0.1, 0.3, 1.0), "reg_weight": (1, 10, 100, 1000)},
-    "adaquant": {"lr": (2.5e-4, 1e-3, 4e-3), "s1_lr": (1e-3, 4e-3, 1.6e-2, 6.4e-2)},
-    "flexround": {"lr": (4e-3, 8e-3, 1.6e-2, 3.2e-2), "s1_lr": (2e-3, 8e-3, 3.2e-2)},
+    "adaround": {"lr": (0.03, 0.1, 0.3), "reg_weight": (10, 100, 1000, 1e4, 1e5)},
+    "adaquant": {"lr": (2.5e-4, 1e-3, 4e-3), "s1_lr": (1e-3, 4e-3, 1.6e-2, 6.4e-2, 0.256)},
+    "flexround": {"lr": (4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2), "s1_lr": (8e-3, 3.2e-2, 0.128)},
 }
 RTN = [("rtn", own) for own in (START, {"p": 2.0}, {"p": 2.4}, {"p": 3.0})]
 
