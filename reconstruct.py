@@ -554,14 +554,14 @@ def place_quantizers(block: nn.Module, x_q: Tensor, x_fp: Tensor, config: Recons
                      bits: dict[str, int], abits: dict[str, int]) -> None:
     """Put quantizers on the weights of the layers in bits, and on the inputs of those in abits."""
     device = device_of([block])
-    if bits:                                                         # round to nearest so far
-        skip = set(quantizable_layers(block)) - set(bits)
-        flexround.quantize_layers(block, config, bits, skip, x_fp[:START_INPUTS].to(device))
     if abits:                                                        # steps start on one batch
         batches = (xs.to(device) for xs in x_q.split(config.batch_size))
         drop = QDROP if config.joint else 0.0
         flexround.quantize_inputs(block, next(batches), abits, config.symmetric, config.p, drop,
                                   batches)
+    if bits:                                                         # round to nearest so far
+        skip = set(quantizable_layers(block)) - set(bits)
+        flexround.quantize_layers(block, config, bits, skip, x_fp[:START_INPUTS].to(device))
 
 
 def one_pass(blocks, floats, calibration: Tensor, config: ReconstructionConfig,
