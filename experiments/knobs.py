@@ -1,15 +1,21 @@
 """The search for the settings of each method: what each knob leaves of a block's loss.
 
-    python -m experiments.knobs --out mine.jsonl --data SHARED --jobs 2      make the search again
-    python -m experiments.knobs --table                                      the tables
+    python -m experiments.knobs                                          the tables and the picture
+    python -m experiments.knobs --out mine.jsonl --data DATA --jobs 2    make the search again
 
-Each method has the same number of runs in each place. A place is a few blocks of one network. We
-reconstruct each block by itself, on float inputs, and measure the loss on inputs that it did not
-see. Both kinds of inputs are calibration data. Nothing here sees the data that are scored.
+A place is a few blocks of one network. We reconstruct each block by itself, on float inputs, and
+measure the loss on inputs that it did not see. Both kinds of inputs are training data. Nothing here
+sees the data that are scored. The search has three parts, with the same number of runs for each
+method in each place:
+
+    grid         15 runs: five by three values of the two knobs, from the start on outputs
+    starts       the best of the grid from the three other starts: the weights with p = 2, 2.4, 3
+    sensitivity  the best of all, with one knob off by a factor of 4, 16 and 64, both ways
+
+DATA is a folder that holds imagenet (see pretrained.lite0_task) and CIFAR-10's files.
 """
 import argparse
 import copy
-import json
 import math
 import os
 import sys
@@ -38,16 +44,54 @@ GRIDS = {
     "adaquant": {"lr": (2.5e-4, 1e-3, 4e-3), "s1_lr": (1e-3, 4e-3, 1.6e-2, 6.4e-2, 0.256)},
     "flexround": {"lr": (4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2), "s1_lr": (8e-3, 3.2e-2, 0.128)},
 }
-RTN = [("rtn", own) for own in (START, {"p": 2.0}, {"p": 2.4}, {"p": 3.0})]
 
 
-def grid() -> list[tuple[str, dict]]:
-    """(method, settings) of each run of the grid, from the start on outputs."""
-    runs = list(RTN)
+STARTS = [{"start": "weights", "p": p} for p in (2.0, 2.4, 3.0)]
+FACTORS = (1 / 64, 1 / 16, 1 / 4, 4, 16, 64)
+
+
+def grid(held: list[dict], place: str) -> list[tuple[str, dict]]:
+    """(method, settings) of each run of the grid, and of round to nearest."""
+    runs = [("rtn", START), *(("rtn", own) for own in STARTS)]
     for method, knobs in GRIDS.items():
         for values in product(*knobs.values()):
             runs.append((method, dict(zip(knobs, values, strict=True)) | START))
     return runs
+
+
+def starts(held: list[dict], place: str) -> list[tuple[str, dict]]:
+    """The best of the grid from the other starts."""
+    return [(method, best(held, place, method)["settings"] | own)
+            for method in GRIDS for own in STARTS]
+
+
+def sensitivity(held: list[dict], place: str) -> list[tuple[str, dict]]:
+    """The best of all with one knob off."""
+    runs = []
+    for method, knobs in GRIDS.items():
+        chosen = best(held, place, method)["settings"]
+        for knob, factor in product(knobs, FACTORS):
+            runs.append((method, chosen | {knob: chosen[knob] * factor}))
+    return runs
+
+
+PARTS = {part.__name__: part for part in (grid, starts, sensitivity)}
+
+
+def left(record: dict, held: list[dict]) -> float:
+    """What a run leaves of round to nearest's loss on unseen inputs (from the paper's start): the
+    geometric mean over the blocks."""
+    nearest, = [r for r in held if r["place"] == record["place"] and r["method"] == "rtn"
+                and r["settings"] == STARTS[0]]
+    logs = [math.log(a / b) for a, b in zip(record["unseen"], nearest["unseen"], strict=True)]
+    return math.exp(sum(logs) / len(logs))
+
+
+def best(held: list[dict], place: str, method: str) -> dict:
+    """The run with the least loss on unseen inputs, not counting those of the sensitivity."""
+    own = [r for r in held if r["place"] == place and r["method"] == method
+           and r["part"] != "sensitivity"]
+    return min(own, key=lambda r: left(r, held))
 
 
 def place_inputs(place: str, data, networks=models.NETWORKS):
@@ -70,7 +114,7 @@ def place_inputs(place: str, data, networks=models.NETWORKS):
 
 def one_run(job) -> dict:
     """The losses of one place with one method and its settings."""
-    place, method, settings, data, iterations = job
+    part, place, method, settings, data, iterations = job
     blocks, batch_size = place_inputs(place, data)
     config = ReconstructionConfig(method, PLACES[place][0], end_bits=None, batch_size=batch_size,
                                   iterations=iterations, **settings)
@@ -84,34 +128,42 @@ def one_run(job) -> dict:
             calibration.append(math.inf), unseen.append(math.inf), kept.append(0)
             continue
         calibration.append(report.final_loss)
-        unseen.append(reconstruct.evaluate(hat, x_unseen, y, batch_size, "cpu"))
+        unseen.append(reconstruct.evaluate(hat, x_unseen, y, config))
         kept.append(report.best_iteration / max(len(report.history), 1))
-    return {"place": place, "method": method, "settings": settings, "iterations": iterations,
-            "calibration": calibration, "unseen": unseen, "kept": kept,
+    return {"part": part, "place": place, "method": method, "settings": settings,
+            "iterations": iterations, "calibration": calibration, "unseen": unseen, "kept": kept,
             "seconds": round(time.perf_counter() - began, 1)}
+
+
+def make(out, parts: list[str], places: list[str], data, jobs: int, iterations: int) -> None:
+    """Make the runs that the file `out` does not hold yet, and add them to it."""
+    os.environ.update(studies.MALLOC)
+    for part in parts:
+        held = studies.read_results(out)
+        done = [(r["place"], r["method"], r["settings"], r["iterations"]) for r in held]
+        todo = [(part, place, method, settings, data, iterations) for place in places
+                for method, settings in PARTS[part](held, place)
+                if (place, method, settings, iterations) not in done]
+        began = time.perf_counter()
+        with get_context("spawn").Pool(jobs, torch.set_num_threads, (1,)) as pool:
+            for count, record in enumerate(pool.imap_unordered(one_run, todo), 1):
+                studies.append_result(out, record)
+                seconds = (time.perf_counter() - began) * (len(todo) / count - 1)
+                print(f"{part}, {count} of {len(todo)}: {record['place']} {record['method']} "
+                      f"{record['settings']} (about {seconds:.0f} s left)", flush=True)
 
 
 def main(arguments=None) -> None:
     flags = argparse.ArgumentParser(prog="python -m experiments.knobs")
-    flags.add_argument("--out", metavar="FILE")
+    flags.add_argument("--out", metavar="FILE", help="add the runs to this file")
+    flags.add_argument("--part", nargs="+", default=list(PARTS), choices=PARTS)
     flags.add_argument("--place", nargs="+", default=list(PLACES), choices=PLACES)
     flags.add_argument("--data", help="folder of imagenet and of CIFAR-10")
     flags.add_argument("--jobs", type=int, default=1)
     flags.add_argument("--iterations", type=int, default=250)
     args = flags.parse_args(arguments)
-    held = studies.read_results(args.out)
-    done = {(r["place"], r["method"], str(r["settings"]), r["iterations"]) for r in held}
-    jobs = [(place, method, settings, args.data, args.iterations) for place in args.place
-            for method, settings in grid()
-            if (place, method, str(settings), args.iterations) not in done]
-    os.environ.update(studies.MALLOC)
-    began = time.perf_counter()
-    with get_context("spawn").Pool(args.jobs, torch.set_num_threads, (1,)) as pool:
-        for count, record in enumerate(pool.imap_unordered(one_run, jobs), 1):
-            studies.append_result(args.out, record)
-            left = (time.perf_counter() - began) * (len(jobs) / count - 1)
-            print(f"{count} of {len(jobs)}: {json.dumps(record)} (about {left:.0f} s left)",
-                  flush=True)
+    if args.out is not None:
+        make(args.out, args.part, args.place, args.data, args.jobs, args.iterations)
 
 
 if __name__ == "__main__":
