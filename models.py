@@ -11,6 +11,7 @@ with the head. Our modules bear the names of the published files, so that read_i
 
 Shapes at line ends: N images, C channels, H x W pixels, or B sequences of T tokens, D channels.
 """
+import hashlib
 import platform
 import warnings
 from collections import OrderedDict
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 NETWORKS = Path(__file__).parent / "experiments" / "networks"        # small ones, trained
+PARAGRAPHS = NETWORKS / "paragraphs.txt"                             # of the GPT's text
 
 
 class Blocks(nn.Module):
@@ -331,13 +333,41 @@ def cifar10(folder, train: bool) -> tuple[Tensor, Tensor]:
     return x, raw[:, 0].long()
 
 
-def text(path=None) -> str:
-    """A text file, UTF-8. Without a path the English reference text that ships with Python, which
-    changes with Python's version."""
-    if path is not None:
-        return Path(path).read_text(encoding="utf-8")
+def paragraphs(topics: dict[str, str]) -> dict[str, str]:
+    """The paragraphs of Python's help topics by the first 8 hex digits of their SHA-256. White
+    space becomes single spaces, because line breaks differ between versions of Python."""
+    found = {}
+    for topic in sorted(topics):
+        for part in topics[topic].split("\n\n"):
+            paragraph = " ".join(part.split())
+            found[hashlib.sha256(paragraph.encode()).hexdigest()[:8]] = paragraph
+    return found
+
+
+def help_text() -> tuple[str, str]:
+    """The English reference text that ships with Python, one paragraph a line, and what it lacks:
+    "" or, for example, "2 of 1,440 paragraphs".
+
+    The reference text changes with Python's version. So we take only the paragraphs that are the
+    same in each version from 3.10 to 3.14. PARAGRAPHS lists their hashes, in the order of the text.
+    """
     from pydoc_data.topics import topics
-    return "\n".join(topics[name] for name in sorted(topics))
+    here = paragraphs(topics)
+    wanted = PARAGRAPHS.read_text().split()
+    found = [here[key] for key in wanted if key in here]
+    lacks = ""
+    if len(found) < len(wanted):
+        lacks = f"{len(wanted) - len(found):,} of {len(wanted):,} paragraphs"
+        warnings.warn(f"Python {platform.python_version()} lacks {lacks} of the text on which the "
+                      "GPT was trained, so its perplexity differs from ours", stacklevel=3)
+    return "\n".join(found), lacks
+
+
+def text(path=None) -> str:
+    """A text file, UTF-8. Without a path the text of help_text, on which the GPT was trained."""
+    if path is None:
+        return help_text()[0]
+    return Path(path).read_text(encoding="utf-8")
 
 
 def characters(string: str, vocabulary: str) -> Tensor:
@@ -442,8 +472,8 @@ def load_task(name: str, data=None, networks=NETWORKS, seed: int = 0, split: str
     net = makes[name](saved)
     net.load_state_dict(saved["state"])
     if name == "gpt":
-        tokens = characters(text(), saved["vocabulary"])
-        return text_task(net, tokens, f"pydoc_data.topics of Python {platform.python_version()} "
-                         f"(trained on {saved['python']}'s)", samples, seed, split)
+        string, lacks = help_text()
+        about = f"Python's help texts without {lacks}" if lacks else "Python's help texts"
+        return text_task(net, characters(string, saved["vocabulary"]), about, samples, seed, split)
     x, y, *test = digits()
     return image_task(net, x, y, test, "scikit-learn's digits", samples, seed, split)

@@ -3,6 +3,7 @@ activations, integers, bad input, the main job, README, notebook. Experiments ha
 No test needs a download or a GPU. Expected values are literals, or we compute them a second way.
 """
 import copy
+import hashlib
 import json
 import os
 import platform
@@ -1055,6 +1056,31 @@ def test_cifar10_is_read_from_its_binary_files(tmp_path):
         [-0.485 / 0.229, (1 - 0.485) / 0.229, (0.2 - 0.456) / 0.224], rel=1e-5)
     with pytest.raises(FileNotFoundError, match="data_batch"):
         models.cifar10(tmp_path, train=True)
+
+
+def test_the_gpts_text_is_the_same_on_each_python(monkeypatch):
+    """Python's help texts change with its version, so the text that they share is pinned."""
+    string = models.text()
+    assert hashlib.sha256(string.encode()).hexdigest().startswith("68d348b66e6ae2a4")
+    assert len(string) == 206_696 and string.count("\n") == 1439    # 1,440 paragraphs
+
+    # Another Python names its topics otherwise, breaks lines elsewhere and has more to say.
+    assert models.load_task("gpt", samples=1).about.startswith("Python's help texts; perplexity")
+    from pydoc_data import topics
+    renamed = {name[::-1]: topic.replace("\n   ", "\n ") for name, topic in topics.topics.items()}
+    monkeypatch.setattr(topics, "topics", renamed | {"news": "A new paragraph."})
+    assert models.text() == string
+
+    # Where a paragraph is missing, the others stay, and we say so.
+    renamed["tressa"] = renamed["tressa"].replace("convenient", "fine")      # "assert", reversed
+    monkeypatch.setattr(topics, "topics", renamed)
+    with pytest.warns(UserWarning, match="lacks 1 of 1,440 paragraphs of the text"):
+        short = models.text()
+    lost = "Assert statements are a convenient way to insert debugging assertions into a program:\n"
+    assert lost in string and short == string.replace(lost, "")
+    with pytest.warns(UserWarning, match="lacks 1"):
+        about = models.load_task("gpt", samples=1).about
+    assert about.startswith("Python's help texts without 1 of 1,440 paragraphs; perplexity")
 
 
 @pytest.mark.parametrize("split, digits, last", [("test", 597, 395), ("train", 688, 375)])

@@ -473,3 +473,14 @@ def test_what_is_watched_is_what_was_learned():
     for u, W_hat in tools.Watched.seen:                              # W_hat = s1 * codes
         s1 = W_hat / u.round().clamp(-4, 3)
         assert torch.allclose(s1[s1.isfinite()], s1.nanmedian())
+
+
+def test_the_gpts_text_is_what_several_pythons_share(tmp_path):
+    """The order is the first file's, sorted by topic, and layout does not count."""
+    first = {"b": "One.\n\nTwo  is\nlong.\n\nThree.", "a": "Zero.\n\nOne."}
+    second = {"c": "Two is long.\n\n   Zero.\n\nFour.\n\nOne."}
+    for name, topics in (("first.py", first), ("second.py", second)):
+        (tmp_path / name).write_text(f"topics = {topics}")
+    hashes = train.common_paragraphs([tmp_path / "first.py", tmp_path / "second.py"])
+    here = models.paragraphs(first)
+    assert [here[key] for key in hashes] == ["Zero.", "One.", "Two is long."]

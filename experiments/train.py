@@ -2,8 +2,13 @@
 main job anew, into files FOLDER/resnet.pt, mobilenet.pt and gpt.pt, in 20 s on 2 cores. Then
 `python reconstruct.py --networks FOLDER` takes them. Another processor or number of threads trains
 other networks, so the ones in experiments/networks are committed.
+
+`python -m experiments.train paragraphs FILE ...` chose the GPT's text. Each FILE is the
+pydoc_data/topics.py of another Python, and the text is what they have in common. We gave it those
+of 3.10.13, 3.11.2, 3.11.7, 3.12.1, 3.13.0, and 3.14.2 to 3.14.7. Corrections reach the patch
+releases of older versions, too, so the newest Python tells what these will lack.
 """
-import platform
+import runpy
 import sys
 from collections import Counter, OrderedDict
 from collections.abc import Callable
@@ -94,7 +99,7 @@ def text_network(path, string: str, layers: int, width: int, context: int, steps
 
     def fit(net):
         train(net, text_batches(tokens[:int(0.9 * len(tokens))], context), steps, 3e-3)
-        return {"vocabulary": vocabulary, "python": platform.python_version()}
+        return {"vocabulary": vocabulary}
 
     net = kept(path, lambda: make(len(vocabulary), context, layers, heads, width), fit)
     return net, tokens
@@ -171,6 +176,13 @@ def sentiment_network(path, folder, length: int = 32):
     return net, words
 
 
+def common_paragraphs(files: list) -> list[str]:
+    """The hashes of the paragraphs that stand in each of the files pydoc_data/topics.py, in the
+    order of the first file."""
+    found = [models.paragraphs(runpy.run_path(file)["topics"]) for file in files]
+    return [key for key in found[0] if all(key in other for other in found)]
+
+
 def main(folder) -> None:
     """Train what is not there yet, and say how large the files are."""
     x, y, *_ = models.digits()
@@ -187,6 +199,9 @@ def main(folder) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit("python -m experiments.train FOLDER")
-    main(sys.argv[1])
+    if sys.argv[1:2] == ["paragraphs"] and len(sys.argv) > 2:
+        models.PARAGRAPHS.write_text("\n".join(common_paragraphs(sys.argv[2:])) + "\n")
+    elif len(sys.argv) == 2:
+        main(sys.argv[1])
+    else:
+        sys.exit("python -m experiments.train FOLDER, or paragraphs TOPICS.PY ...")
