@@ -1,5 +1,5 @@
 """The tests, in the order of the code: the grid, rules, gradients, the seam, the loop, networks,
-activations, integers, bad input, the main job, README, notebook. Experiments have their own.
+activations, bad input, the main job, README, notebook. Experiments and integers have their own.
 No test needs a download or a GPU. Expected values are literals, or we compute them a second way.
 """
 import copy
@@ -908,10 +908,6 @@ def test_a_rule_of_your_own(base, monkeypatch):
     for layer in (net.blocks[1].conv1, net.blocks[-1].linear):
         q, W = quantizers(layer)[""], layer.parametrizations.weight.original
         assert torch.equal(layer.weight, q.s1 * torch.ceil(W / q.s1).clamp(q.lo, q.hi))
-    for wrong in (lambda k: k + 0.5, lambda k: k + 200):             # no code, none of the 8 bits
-        Ceiling.integers = lambda self, W, wrong=wrong: wrong(torch.ceil(W / self.s1))
-        with pytest.raises(ValueError, match=r"W_hat is not s1 \* integers\(\) within bounds"):
-            reconstruct.save_quantized(net, "none.pt")
 
 
 def test_after_a_failure_the_block_is_float_and_earlier_ones_quantized():
@@ -1274,110 +1270,7 @@ def test_steps_and_hooks_come_and_go_with_their_layer():
     assert [hook for m in other.modules() for hook in m._forward_pre_hooks.values()] == [mine]
 
 
-# ---- 9. The integers, out and back ---------------------------------------------------------------
-
-def by_hand(data, bits, count):
-    """Codes from bytes, as the docstring of pack states it: one large number in base 2^bits."""
-    number = int.from_bytes(data.numpy().tobytes(), "little")
-    return torch.tensor([number >> bits * i & 2 ** bits - 1 for i in range(count)])
-
-
-def test_codes_are_packed_at_their_true_width():
-    """3 bits have to take 3 bits, because a small file is the point of few bits."""
-    for bits in range(2, 9):
-        codes = torch.randint(0, 2 ** bits, (105,), generator=torch.Generator().manual_seed(bits))
-        data = reconstruct.pack(codes, bits)
-        assert data.dtype == torch.uint8 and len(data) == -(-105 * bits // 8)
-        assert torch.equal(reconstruct.unpack(data, bits, 105), codes)
-        assert torch.equal(by_hand(data, bits, 105), codes)
-
-
-@pytest.mark.parametrize("name", NETWORKS)
-def test_saved_and_loaded_is_the_same_network(name, tmp_path):
-    """A file of integers has to give back each bit, or what was measured is not what is used."""
-    for i, method in enumerate(("rtn", *LEARNED)):
-        net, x, _ = tiny(name)
-        net.alias = net.blocks[1]                                    # a layer with two names
-        other = copy.deepcopy(net)
-        with torch.no_grad():
-            for p in other.train().parameters():
-                p.zero_()                                            # nothing of the old is left
-        settings = {"abits": 4, "setting": "Q"} if i % 2 else {}
-        quantize_model(net.blocks, x, replace(QUICK, method=method, symmetric=i < 2, iterations=3,
-                                              per_channel=i % 3 == 0, **settings))
-        y, path, steps = net(x), tmp_path / "net.pt", len(input_quantizers(net))
-        size = reconstruct.save_quantized(net, path)
-        assert size == path.stat().st_size and len(list(tmp_path.iterdir())) == 1
-        assert reconstruct.load_quantized(other, path) is other
-        assert torch.equal(other(x), y) and not any(m.training for m in other.modules())
-        assert len(input_quantizers(other)) == steps == (len(quantizers(net)) if i % 2 else 0)
-        assert all(p.requires_grad != ("_quantizer" in n) for n, p in other.named_parameters())
-        assert all(len(m._forward_pre_hooks) < 2 for m in other.modules())
-        for key, a in torch.load(path, weights_only=True)["layers"].items():    # as documented
-            codes = by_hand(a["codes"], a["bits"], int(np.prod(a["shape"]))).view(a["shape"])
-            lo = -2 ** (a["bits"] - 1) if a["symmetric"] else 0
-            W_hat = a["s1"] * (codes + lo - a["zero_point"])
-            assert torch.equal(W_hat, net.get_submodule(key).weight)
-        flexround.remove_input_quantizers(net), flexround.remove_input_quantizers(other)
-        assert equal_states(fold(net).state_dict(), other.state_dict())
-
-
-def test_a_wrong_file_is_refused_and_changes_nothing(tmp_path):
-    """We check all before the first change, because half a network looks like a whole one."""
-    net, x, _ = tiny("resnet conv")
-    floats, path = copy.deepcopy(net), tmp_path / "net.pt"
-    with pytest.raises(ValueError, match="no quantizers"):
-        reconstruct.save_quantized(net, path)
-    quantize_model(net.blocks, x, replace(QUICK, method="rtn", abits=4))
-    reconstruct.save_quantized(net, path)
-    good = torch.load(path, weights_only=True)
-    step = good["inputs"]["blocks.1.conv1"]
-    wider, cut = models.fold_batchnorm(models.ResNet((4, 8), 1)), path.read_bytes()[:-50]
-    for model, message, content in (
-            (wider, r"another architecture.*: 'blocks.2.conv1.\w+' is .* \(6,.* in the file", good),
-            (copy.deepcopy(floats).double(), "float32.* in the file, .*float64", good),
-            (tiny("mobilenet")[0], r"another architecture.*: 'blocks.\w+", good),
-            (floats, "format 'that, 4'", {**good, "format": "that, 4"}),
-            (floats, "not a file of save_quantized", floats.state_dict()),
-            *((floats, "not a file of save_quantized", {k: v for k, v in good.items() if k != key})
-              for key in good),
-            (floats, "'blocks.7.conv1' is a layer in the file, None in the model",
-             {**good, "inputs": {**good["inputs"], "blocks.7.conv1": step}}),
-            (floats, "bits = 9", {**good, "inputs": {"blocks.1.conv1": {**step, "bits": 9}}}),
-            (floats, "truncated", cut)):
-        path.write_bytes(content) if content is cut else torch.save(content, path)
-        before = copy.deepcopy(model.state_dict())
-        with pytest.raises(ValueError, match=message):
-            reconstruct.load_quantized(model, path)
-        assert equal_states(model.state_dict(), before) and not input_quantizers(model)
-    with pytest.raises(FileNotFoundError):
-        reconstruct.load_quantized(floats, tmp_path / "none.pt")
-
-
-def test_a_failing_save_keeps_the_old_file_and_a_users_own_files(tmp_path, monkeypatch):
-    """A full disk must cost neither the old file nor one that has a name much like it."""
-    net, loaded = nn.Linear(4, 4), nn.Linear(4, 4)
-    net.register_buffer("unknown", torch.tensor(float("nan")))       # what a user keeps is no fault
-    loaded.register_buffer("unknown", torch.zeros(()))
-    quantize_layers(net, ReconstructionConfig(bits=3))
-    path, own = tmp_path / "net.pt", tmp_path / "net.pt.partial"
-    own.write_text("mine")
-    reconstruct.save_quantized(net, path)
-    assert reconstruct.load_quantized(loaded, path).unknown.isnan()
-    old = path.read_bytes()
-
-    def fail(file, out):
-        Path(out).write_bytes(b"half")
-        raise OSError("disk full")
-
-    monkeypatch.setattr(torch, "save", fail)
-    with pytest.raises(OSError, match="disk full"):
-        reconstruct.save_quantized(net, path)
-    assert path.read_bytes() == old and own.read_text() == "mine"
-    assert sorted(tmp_path.iterdir()) == [path, own]
-
-
-# ---- 10. Bad input -------------------------------------------------------------------------------
+# ---- 9. Bad input --------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name, value, allowed", [
     *(("bits", bits, "an integer from 2 to 8") for bits in (1, 9, 4.0, True)),
@@ -1498,7 +1391,7 @@ def test_what_is_not_done_as_asked_is_said():
     assert not any("no gain" in str(r) or r.best_iteration == 0 for r in learned)
 
 
-# ---- 11. The main job ----------------------------------------------------------------------------
+# ---- 10. The main job ----------------------------------------------------------------------------
 
 def python(*arguments, cwd=HERE):
     return subprocess.run(
@@ -1548,7 +1441,7 @@ def test_a_wrong_command_line_gives_one_line(monkeypatch, capsys):
     assert (done.returncode, done.stdout) == (1, "") and done.stderr.count("\n") == 1
 
 
-# ---- 12. README and the notebook, as committed ---------------------------------------------------
+# ---- 11. README and the notebook, as committed ---------------------------------------------------
 
 README = (HERE / "README.md").read_text(encoding="utf-8")
 FENCED = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.S | re.M)

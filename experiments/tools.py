@@ -1,12 +1,10 @@
 """What only experiments need: how far weights moved, unequal channels, rules and optimizers of no
-paper, a layer computed in integers, and a GPT's text."""
+paper, and a GPT's text."""
 from contextlib import contextmanager
 from unittest import mock
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 import flexround
 import models
@@ -104,40 +102,6 @@ def plain_sgd():
 
     with mock.patch("torch.optim.Adam", make):
         yield
-
-
-def integer_forward(layer: nn.Module, x_codes: Tensor, x_step: Tensor, x_zero: Tensor) -> Tensor:
-    """A quantized layer's output from integer codes and integer inputs: to learn from, not fast.
-
-    With x = x_step * (x_codes - x_zero) and W_hat = s1 * (codes - zero_point) the steps leave the
-    sum, which is over int32 alone. One multiplication at the end brings the scale back:
-
-        layer(x) = x_step * s1 * sum (x_codes - x_zero) * (codes - zero_point) + bias
-
-    Args:
-        layer: an nn.Linear or nn.Conv2d itself (no subclass), padded with zeros, not dilated (there
-            torch has no convolution of integers), with a quantizer in place.
-        x_codes: integers, (..., C_in) or (N, C_in, H, W). RoundToNearest(x, 8, False) finds such
-            codes, their step (its s1) and zero (its zero_point) for a 2-D or 4-D x.
-
-    Raises:
-        ValueError: another layer, or no quantizer on it.
-    """
-    q = flexround.quantizers(layer).get("")
-    plain = parametrize.type_before_parametrizations(layer) in (nn.Linear, nn.Conv2d)
-    padding, dilation = getattr(layer, "padding_mode", "zeros"), getattr(layer, "dilation", (1, 1))
-    if not plain or q is None or padding != "zeros" or tuple(dilation) != (1, 1):
-        raise ValueError(f"{layer}: a quantized nn.Linear, or nn.Conv2d padded with zeros and not "
-                         "dilated, is allowed")
-    k = q.codes(layer.parametrizations.weight.original) - q.zero_point   # int32, W's shape
-    k_x = x_codes.to(torch.int32) - x_zero                           # int32: 0 stands for x = 0
-    if isinstance(layer, nn.Linear):
-        total, channels = F.linear(k_x, k), (-1,)
-    else:
-        total = F.conv2d(k_x, k, None, layer.stride, layer.padding, layer.dilation, layer.groups)
-        channels = (-1, 1, 1)
-    y = total * (x_step * q.s1.reshape(channels))                    # float from here on
-    return y if layer.bias is None else y + layer.bias.reshape(channels)
 
 
 @torch.no_grad()
