@@ -67,7 +67,7 @@ def on_cpu(tensor: Tensor) -> Tensor:
     cpu() alone returns a tensor of the CPU as it is: a Parameter, or a view of something larger.
     The file would then have other bytes than the same network's file from a GPU.
     """
-    return tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+    return tensor.detach().cpu().clone()
 
 
 def integers_of(layer: nn.Module, name: str) -> dict:

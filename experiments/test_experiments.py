@@ -18,7 +18,14 @@ from torch.nn.utils.parametrizations import weight_norm
 import flexround
 import models
 from experiments import gpu, notebook, pretrained, studies, timing, tools, train
-from experiments.integers import integer_forward, load_quantized, pack, save_quantized, unpack
+from experiments.integers import (
+    integer_forward,
+    load_quantized,
+    on_cpu,
+    pack,
+    save_quantized,
+    unpack,
+)
 from flexround import (
     AdaQuant,
     FlexRound,
@@ -425,6 +432,8 @@ def test_the_file_is_the_same_from_a_cpu_and_from_a_gpu(tmp_path, monkeypatch):
         save_quantized(net, tmp_path / "gpu.pt")
     assert (tmp_path / "cpu.pt").read_bytes() == (tmp_path / "gpu.pt").read_bytes()
 
+    assert not on_cpu(tied).requires_grad and type(on_cpu(tied)) is torch.Tensor
+
     # Tied tensors lie in the file once, and each name gets them back.
     rest = torch.load(tmp_path / "cpu.pt", weights_only=True)["rest"]
     first = next(key for key in rest if key != "tied" and torch.equal(rest[key], tied))
@@ -529,6 +538,7 @@ def test_a_wrong_file_is_refused_and_changes_nothing(tmp_path):
     for missing in good:
         parts = {key: part for key, part in good.items() if key != missing}
         refused(floats, "not a file of save_quantized", parts)
+    refused(floats, "UnpicklingError", {**good, "object": tmp_path})    # it could run code
     refused(floats, "bits = 9", {**good, "inputs": {"blocks.1.conv1": {**step, "bits": 9}}})
     with pytest.raises(FileNotFoundError):
         load_quantized(floats, tmp_path / "none.pt")
@@ -545,8 +555,14 @@ def test_a_failing_save_keeps_the_old_file_and_a_users_own_files(tmp_path, monke
     save_quantized(net, path)
     assert load_quantized(loaded, path).unknown.isnan()
     old = path.read_bytes()
+    with path.open("rb") as reader:                                  # who reads the file meanwhile
+        quantize_layers(fold(net), ReconstructionConfig(bits=8))
+        save_quantized(net, path)
+        assert reader.read() == old != path.read_bytes()             # keeps the old one, whole
+    old = path.read_bytes()
 
     def fail(file, out):
+        assert Path(out).parent.parent == tmp_path                   # a move there is one step
         Path(out).write_bytes(b"half")
         raise OSError("disk full")
 
