@@ -16,7 +16,7 @@ import platform
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 
 import numpy as np
@@ -43,14 +43,20 @@ class Blocks(nn.Module):
 
 
 def read_into(net: Blocks, saved: dict[str, Tensor], prefixes: list[str], path) -> Blocks:
-    """Copy a published file into net and return it in eval mode. The file calls the tensors of
-    block i as we do, after prefixes[i]. ValueError: a file of another network."""
-    ours = {prefix + key: f"blocks.{i}.{key}"
-            for i, (prefix, block) in enumerate(zip(prefixes, net.blocks, strict=True))
-            for key in block.state_dict()}
-    counts = {k: v for k, v in net.state_dict().items() if k.endswith("num_batches_tracked")}
-    try:                                                             # old files lack the counts
-        net.load_state_dict(counts | {ours.get(key, key): t for key, t in saved.items()})
+    """Copy a published file into net and return it in eval mode. In the file, block i's tensors
+    have the same names as ours, behind prefixes[i]. ValueError: a file of another network."""
+    ours = {}                                                        # the file's name -> ours
+    for i, (prefix, block) in enumerate(zip(prefixes, net.blocks, strict=True)):
+        for key in block.state_dict():
+            ours[prefix + key] = f"blocks.{i}.{key}"
+    state = {}
+    for key, t in net.state_dict().items():
+        if key.endswith("num_batches_tracked"):                      # old files lack these counts
+            state[key] = t
+    for key, t in saved.items():
+        state[ours.get(key, key)] = t
+    try:
+        net.load_state_dict(state)
     except RuntimeError as error:
         raise ValueError(f"{path} holds another network: {error}") from error
     return net.eval()
@@ -79,7 +85,8 @@ class PadShortcut(nn.Module):
 
     def __init__(self, c_in: int, c_out: int, stride: int):
         super().__init__()
-        self.stride, new = stride, c_out - c_in
+        self.stride = stride
+        new = c_out - c_in
         self.pad = (0, 0, 0, 0, new // 2, new - new // 2)            # W, H, channels
 
     def forward(self, x):
@@ -92,12 +99,16 @@ class BasicBlock(nn.Module):
 
     def __init__(self, c_in: int, c_out: int, stride: int = 1, shortcut: str = "conv"):
         super().__init__()
-        self.conv1, self.bn1 = conv(c_in, c_out, 3, stride), nn.BatchNorm2d(c_out)
-        self.conv2, self.bn2 = conv(c_out, c_out, 3), nn.BatchNorm2d(c_out)
-        self.downsample = nn.Identity()
-        if (stride, c_in) != (1, c_out):
-            self.downsample = PadShortcut(c_in, c_out, stride) if shortcut == "pad" else \
-                nn.Sequential(conv(c_in, c_out, 1, stride), nn.BatchNorm2d(c_out))
+        self.conv1 = conv(c_in, c_out, 3, stride)
+        self.bn1 = nn.BatchNorm2d(c_out)
+        self.conv2 = conv(c_out, c_out, 3)
+        self.bn2 = nn.BatchNorm2d(c_out)
+        if stride == 1 and c_in == c_out:
+            self.downsample = nn.Identity()
+        elif shortcut == "pad":
+            self.downsample = PadShortcut(c_in, c_out, stride)
+        else:
+            self.downsample = nn.Sequential(conv(c_in, c_out, 1, stride), nn.BatchNorm2d(c_out))
 
     def forward(self, x):
         y = F.relu(self.bn1(self.conv1(x)))                          # (N, c_out, H/s, W/s)
@@ -113,10 +124,12 @@ class ResNet(Blocks):
 
     def __init__(self, widths=(16, 32, 64), depth: int = 3, shortcut: str = "pad",
                  channels: int = 3, classes: int = 10):
-        blocks, c_in = [conv_bn_act(channels, widths[0], 3, 1, nn.ReLU())], widths[0]
+        c_in = widths[0]
+        blocks = [conv_bn_act(channels, c_in, 3, 1, nn.ReLU())]
         for stage, c_out in enumerate(widths):
             for i in range(depth):
-                blocks.append(BasicBlock(c_in, c_out, 2 if stage > 0 and i == 0 else 1, shortcut))
+                halve = stage > 0 and i == 0
+                blocks.append(BasicBlock(c_in, c_out, 2 if halve else 1, shortcut))
                 c_in = c_out
         super().__init__(*blocks, classifier(c_in, classes))
 
@@ -129,11 +142,15 @@ def resnet20(path=None) -> ResNet:
     """
     url = ("https://github.com/akamaster/pytorch_resnet_cifar10/raw/master/pretrained_models/"
            "resnet20-12fca82f.th")
-    saved = (torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True)
-             if path is None else torch.load(path, map_location="cpu", weights_only=True))
-    saved = {key.removeprefix("module."): t for key, t in saved.get("state_dict", saved).items()}
-    inner = [f"layer{stage}.{i}." for stage in (1, 2, 3) for i in range(3)]
-    return read_into(ResNet(), saved, ["", *inner, ""], path or url)
+    if path is None:
+        saved = torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True)
+        path = url
+    else:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+    saved = saved.get("state_dict", saved)
+    saved = {key.removeprefix("module."): t for key, t in saved.items()}
+    inner = [f"layer{1 + i // 3}.{i % 3}." for i in range(9)]        # 3 stages of 3 blocks
+    return read_into(ResNet(), saved, ["", *inner, ""], path)
 
 
 # ---- A MobileNetV2-like network (Sandler et al. 2018) --------------------------------------------
@@ -144,9 +161,12 @@ class InvertedResidual(nn.Module):
     def __init__(self, c_in: int, c_out: int, stride: int = 1, expand: int = 4):
         super().__init__()
         wide = c_in * expand
-        self.conv1, self.bn1 = conv(c_in, wide, 1), nn.BatchNorm2d(wide)
-        self.conv2, self.bn2 = conv(wide, wide, 3, stride, groups=wide), nn.BatchNorm2d(wide)
-        self.conv3, self.bn3 = conv(wide, c_out, 1), nn.BatchNorm2d(c_out)
+        self.conv1 = conv(c_in, wide, 1)
+        self.bn1 = nn.BatchNorm2d(wide)
+        self.conv2 = conv(wide, wide, 3, stride, groups=wide)
+        self.bn2 = nn.BatchNorm2d(wide)
+        self.conv3 = conv(wide, c_out, 1)
+        self.bn3 = nn.BatchNorm2d(c_out)
         self.add = stride == 1 and c_in == c_out
 
     def forward(self, x):
@@ -162,44 +182,153 @@ class MobileNet(Blocks):
 
     def __init__(self, widths=(16, 24, 32), depth: int = 2, channels: int = 3, classes: int = 10,
                  stride: int = 1):
-        blocks, c_in = [conv_bn_act(channels, widths[0], 3, stride, nn.ReLU6())], widths[0]
+        c_in = widths[0]
+        blocks = [conv_bn_act(channels, c_in, 3, stride, nn.ReLU6())]
         for stage, c_out in enumerate(widths):
             for i in range(depth):
-                blocks.append(InvertedResidual(c_in, c_out, 2 if stage > 0 and i == 0 else 1))
+                halve = stage > 0 and i == 0
+                blocks.append(InvertedResidual(c_in, c_out, 2 if halve else 1))
                 c_in = c_out
         last = conv_bn_act(c_in, 2 * c_in, 1, 1, nn.ReLU6())
         super().__init__(*blocks, last, classifier(2 * c_in, classes))
 
 
+# ---- Batch norm goes into the convolution before it ----------------------------------------------
+
+# How far the outputs may be off after folding, of the largest, by the coarsest dtype in the net.
+TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.float16: 0.03, torch.bfloat16: 0.1}
+
+
+def is_batchnorm(module: nn.Module) -> bool:
+    """Whether it is a batch norm of torch, or one of another library by its name."""
+    return isinstance(module, nn.modules.batchnorm._BatchNorm) or \
+        "BatchNorm" in type(module).__name__
+
+
+def is_batchnorm_act(bn: nn.Module) -> bool:
+    """Whether it is timm's BatchNormAct2d, which runs dropout and activation behind the norm."""
+    return any(kind.__name__ == "BatchNormAct2d" and kind.forward is type(bn).forward
+               for kind in type(bn).__mro__)
+
+
+def why_not_folded(layer: nn.Module | None, bn: nn.Module, compared: bool) -> str:
+    """Why we leave bn behind layer as it is, or "" if we can fold it. compared: whether we compare
+    the network's outputs afterwards."""
+    if not isinstance(bn, nn.BatchNorm2d):
+        return f"a {type(bn).__name__} stays float, because we fold BatchNorm2d only"
+    if not isinstance(layer, nn.Conv2d):
+        return "no Conv2d is defined right before it"
+    if layer.out_channels != bn.num_features:
+        return "the Conv2d before it has another number of channels"
+    if bn.running_mean is None:
+        return "it has no running statistics"
+    if layer._forward_hooks or bn._forward_hooks or bn._forward_pre_hooks:
+        return "a hook can change what it reads or returns"
+    if type(bn).forward is not nn.BatchNorm2d.forward and not is_batchnorm_act(bn):
+        return f"{type(bn).__name__} has a forward of its own"
+    own = dict(layer.named_parameters(recurse=False))
+    if "weight" not in own or (layer.bias is not None and "bias" not in own):
+        return "the weight or bias of the Conv2d before it is computed from others (weight norm?)"
+    if type(layer).forward is not nn.Conv2d.forward and not compared:
+        # Padding as in TensorFlow is no problem, but standardising the weight is.
+        return f"{type(layer).__name__} has a forward of its own. Give an example input x to try it"
+    return ""
+
+
+def tensors_in(output) -> list[Tensor]:
+    """The floating-point tensors of a network's output: a tensor, or dicts, tuples, lists and
+    dataclasses of them."""
+    if isinstance(output, Tensor):
+        return [output] if output.is_floating_point() and output.numel() else []
+    if isinstance(output, dict):
+        parts = output.values()
+    elif isinstance(output, (tuple, list)):
+        parts = output
+    else:
+        parts = vars(output).values() if is_dataclass(output) else []
+    found = []
+    for part in parts:
+        found += tensors_in(part)
+    return found
+
+
+@torch.no_grad()
+def exact_outputs(net: nn.Module, x: Tensor) -> list[Tensor]:
+    """tensors_in net's output, in float64. x stays as it is, because net gets a copy to work on.
+    TF32 is off meanwhile, because cuDNN's convolutions then round their inputs to 11 bits."""
+    tf32 = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        return [t.cpu().double() for t in tensors_in(net(x.clone()))]
+    finally:
+        torch.backends.cudnn.allow_tf32 = tf32
+
+
+def distance(before: list[Tensor], after: list[Tensor]) -> float:
+    """The largest difference between outputs, in units of the largest number of each tensor. A
+    tensor of zeros has no unit, so there we take the difference itself."""
+    worst = torch.zeros((), dtype=torch.float64)
+    for a, b in zip(before, after, strict=True):
+        largest = a.abs().max()
+        unit = largest if largest > 0 else torch.ones_like(largest)
+        worst = torch.maximum(worst, (a - b).abs().max() / unit)     # nan stays nan
+    return float(worst)
+
+
+def swap(places: list[tuple]) -> list[tuple]:
+    """Put each (parent, name, module) into its place, and return what was there, as such a list."""
+    old = [(parent, name, getattr(parent, name)) for parent, name, _ in places]
+    for parent, name, module in places:
+        setattr(parent, name, module)
+    return old
+
+
 def fold_batchnorm(net: nn.Module, x: Tensor | None = None) -> nn.Module:
     """Fold each BatchNorm2d into the Conv2d that is defined just before it, in place. Return net.
 
-    We put net in eval mode, because what is folded are the running statistics, and batch norm
-    becomes nn.Identity. The order of definition can differ from the order of use (a pre-activation
-    network: norm, ReLU, convolution). So give an example input x: we then compare the outputs.
-    ValueError: the folded network computes something else.
+    We put net in eval mode, because what we fold are the running statistics. Batch norm becomes
+    nn.Identity, and of timm's BatchNormAct2d dropout and activation stay. A norm that computes
+    anything else stays, and we warn which and why.
+
+    The order of definition can differ from the order of use, for example in a pre-activation
+    network: norm, ReLU, convolution. So give an example input x, and we compare the outputs.
+    ValueError: the folded network computes something else. Then net's modules are as before.
     """
-    with torch.no_grad():
-        before = None if x is None else net.eval()(x)
-    for parent in list(net.eval().modules()):
-        children = list(parent.named_children())
+    places = []
+    left = {}                                                        # why -> names
+    for path, parent in net.eval().named_modules():
+        children = [("", None), *parent.named_children()]
         for (conv_name, layer), (bn_name, bn) in zip(children, children[1:], strict=False):
-            if (isinstance(layer, nn.Conv2d) and isinstance(bn, nn.BatchNorm2d)
-                    and layer.out_channels == bn.num_features):
-                fused = fuse_conv_bn_eval(layer, bn)
-                fused.requires_grad_(layer.weight.requires_grad)     # the new bias, too
-                setattr(parent, conv_name, fused)
-                setattr(parent, bn_name, nn.Identity())
-    left = [name for name, m in net.named_modules() if isinstance(m, nn.BatchNorm2d)]
-    if left:
-        warnings.warn(f"batch norm not folded, no convolution right before it: {left}",
-                      stacklevel=2)
-    if x is not None:
-        with torch.no_grad():
-            off = float((net(x) - before).abs().max() / before.abs().max())
-        if not off < 1e-3:
-            raise ValueError(f"the folded network's outputs are off by {off:.2g} of the largest: a "
-                             "batch norm does not follow the convolution before it. Make net anew")
+            if not is_batchnorm(bn):
+                continue
+            why = why_not_folded(layer, bn, x is not None)
+            if why:
+                left.setdefault(why, []).append(f"{path}.{bn_name}".removeprefix("."))
+                continue
+            fused = fuse_conv_bn_eval(layer, bn)
+            fused.requires_grad_(layer.weight.requires_grad)         # also the new bias
+            behind = nn.Sequential(bn.drop, bn.act) if is_batchnorm_act(bn) else nn.Identity()
+            places += [(parent, conv_name, fused), (parent, bn_name, behind)]
+    for why, names in left.items():
+        warnings.warn(f"batch norm not folded, {why}: {names}", stacklevel=2)
+    if x is None:
+        swap(places)
+        return net
+
+    before = exact_outputs(net, x)
+    if not before:
+        raise ValueError("net(x) returns no floating-point tensor that we can compare: leave out x")
+    allowed = max((TOLERANCE.get(p.dtype, 0.1) for p in net.parameters()), default=1e-3)
+    old = swap(places)
+    try:
+        off = distance(before, exact_outputs(net, x))
+        if not off <= allowed:                                       # nan is not, either
+            raise ValueError(
+                f"the folded network's outputs are off by {off:.2g} of the largest: a batch norm "
+                "does not follow the convolution before it. We left the network as it was")
+    except BaseException:
+        swap(old)
+        raise
     return net
 
 
@@ -210,7 +339,8 @@ class Embeddings(nn.Module):
 
     def __init__(self, vocabulary: int, context: int, width: int):
         super().__init__()
-        self.wte, self.wpe = nn.Embedding(vocabulary, width), nn.Embedding(context, width)
+        self.wte = nn.Embedding(vocabulary, width)
+        self.wpe = nn.Embedding(context, width)
 
     def forward(self, tokens):
         T = tokens.shape[1]                                          # at most the context
@@ -221,12 +351,13 @@ class Attention(nn.Module):
     def __init__(self, width: int, heads: int):
         super().__init__()
         self.heads = heads
-        self.c_attn, self.c_proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.c_attn = nn.Linear(width, 3 * width)                    # queries, keys, values
+        self.c_proj = nn.Linear(width, width)
 
     def forward(self, x):
         B, T, D = x.shape
-        q, k, v = (part.view(B, T, self.heads, D // self.heads).transpose(1, 2)
-                   for part in self.c_attn(x).split(D, dim=2))       # (B, heads, T, D/heads)
+        qkv = self.c_attn(x).view(B, T, 3, self.heads, D // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                         # each (B, heads, T, D/heads)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, heads, T, D/heads)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, D))       # (B, T, D)
 
@@ -236,9 +367,12 @@ class TransformerBlock(nn.Module):
 
     def __init__(self, width: int, heads: int):
         super().__init__()
-        self.ln_1, self.attn = nn.LayerNorm(width), Attention(width, heads)
-        self.ln_2, self.mlp = nn.LayerNorm(width), nn.Sequential(OrderedDict(
-            c_fc=nn.Linear(width, 4 * width), act=nn.GELU("tanh"),
+        self.ln_1 = nn.LayerNorm(width)
+        self.attn = Attention(width, heads)
+        self.ln_2 = nn.LayerNorm(width)
+        self.mlp = nn.Sequential(OrderedDict(
+            c_fc=nn.Linear(width, 4 * width),
+            act=nn.GELU("tanh"),
             c_proj=nn.Linear(4 * width, width)))
 
     def forward(self, x):
@@ -268,8 +402,8 @@ class GPT(Blocks):
     def __init__(self, vocabulary: int, context: int = 64, layers: int = 4, heads: int = 4,
                  width: int = 64):
         first = Embeddings(vocabulary, context, width)
-        super().__init__(first, *(TransformerBlock(width, heads) for _ in range(layers)),
-                         Head(first.wte))
+        inner = [TransformerBlock(width, heads) for _ in range(layers)]
+        super().__init__(first, *inner, Head(first.wte))
         self.context = context
         for name, p in self.named_parameters():                      # GPT-2's start
             if name.endswith("c_proj.weight"):                       # they add to the residual
@@ -289,28 +423,41 @@ def gpt2(path, n_head: int | None = None) -> GPT:
         saved = load_file(path)
     else:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-    # GPT-2's Conv1D has (in, out) weights, nn.Linear (out, in). Old files hold the mask, too.
-    conv1d, mask = ("c_attn.weight", "c_proj.weight", "c_fc.weight"), (".attn.bias", ".masked_bias")
-    saved = {key.removeprefix("transformer."): t.T if key.endswith(conv1d) else t
-             for key, t in saved.items() if not key.endswith(mask)}
-    if "wte.weight" not in saved or "wpe.weight" not in saved:
+    state = {}
+    for key, t in saved.items():
+        key = key.removeprefix("transformer.")
+        if key.endswith((".attn.bias", ".masked_bias")):             # old files hold the mask
+            continue
+        if key.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")):
+            t = t.T                                                  # Conv1D's (in, out)
+        state[key] = t
+    if "wte.weight" not in state or "wpe.weight" not in state:
         raise ValueError(f"{path} is not a GPT-2: it has no wte.weight or no wpe.weight")
-    saved.setdefault("lm_head.weight", saved["wte.weight"])          # tied
-    (vocabulary, width), context = saved["wte.weight"].shape, len(saved["wpe.weight"])
-    layers = 1 + max((int(key.split(".")[1]) for key in saved if key.startswith("h.")), default=0)
-    net = GPT(vocabulary, context, layers, n_head or width // 64, width)
-    return read_into(net, saved, ["", *(f"h.{i}." for i in range(layers)), ""], path)
+    state.setdefault("lm_head.weight", state["wte.weight"])          # tied
+
+    vocabulary, width = state["wte.weight"].shape
+    context = len(state["wpe.weight"])
+    layers = 0
+    for key in state:
+        if key.startswith("h."):                                     # h.3.ln_1.weight: layer 3
+            layers = max(layers, 1 + int(key.split(".")[1]))
+    if n_head is None:
+        n_head = width // 64
+    net = GPT(vocabulary, context, layers, n_head, width)
+    inner = [f"h.{i}." for i in range(layers)]
+    return read_into(net, state, ["", *inner, ""], path)
 
 
 # ---- Data ----------------------------------------------------------------------------------------
 
-def digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def digits(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """scikit-learn's 1,797 handwritten digits, standardised: images (N, 1, 8, 8) and labels (N,),
-    1,200 to train on (chosen once, at random), then 597 to test on."""
+    1,200 to train on (chosen once, at random), then 597 to test on. We standardise in dtype,
+    because the mean of 76,800 pixels in float32 differs between processors."""
     from sklearn.datasets import load_digits
     data = load_digits()
     order = np.random.default_rng(0).permutation(len(data.target))
-    x = torch.tensor(data.images[order], dtype=torch.float32)[:, None]    # (N, 1, 8, 8)
+    x = torch.tensor(data.images[order], dtype=dtype)[:, None]       # (N, 1, 8, 8)
     y = torch.tensor(data.target[order])
     x = (x - x[:1200].mean()) / x[:1200].std()
     return x[:1200], y[:1200], x[1200:], y[1200:]
@@ -321,8 +468,9 @@ def cifar10(folder, train: bool) -> tuple[Tensor, Tensor]:
     batches that are there, or the test batch. Images (N, 3, 32, 32), normalised as the ResNet-20
     checkpoint wants them, and labels (N,)."""
     pattern = "data_batch_*.bin" if train else "test_batch.bin"
-    files = sorted(Path(folder).glob(pattern)) or \
-        sorted(Path(folder).glob(f"cifar-10-batches-bin/{pattern}"))
+    files = sorted(Path(folder).glob(pattern))
+    if not files:
+        files = sorted(Path(folder).glob(f"cifar-10-batches-bin/{pattern}"))
     if not files:
         raise FileNotFoundError(f"no {pattern} in {folder}: CIFAR-10's binary version is needed")
     raw = np.concatenate([np.fromfile(file, dtype=np.uint8) for file in files])
@@ -382,9 +530,11 @@ def characters(string: str, vocabulary: str) -> Tensor:
 def accuracy(model: nn.Module, x: Tensor, y: Tensor, batch_size: int = 500) -> float:
     """Top-1 accuracy in percent on images x (N, C, H, W) with labels y (N,), in eval mode."""
     device = next(model.eval().parameters(), x).device
-    right = sum((model(xs.to(device)).argmax(1) == ys.to(device)).sum()
-                for xs, ys in zip(x.split(batch_size), y.split(batch_size), strict=True))
-    return 100 * float(right) / len(y)
+    right = 0
+    for xs, ys in zip(x.split(batch_size), y.split(batch_size), strict=True):
+        guesses = model(xs.to(device)).argmax(1)
+        right += int((guesses == ys.to(device)).sum())
+    return 100 * right / len(y)
 
 
 @torch.no_grad()
@@ -397,9 +547,13 @@ def perplexity(model: nn.Module, tokens: Tensor, context: int, batch_size: int =
         raise ValueError(f"{len(tokens)} tokens do not fill one window of {context} + 1")
     x = tokens[:count * context].view(count, context)                # (windows, context)
     y = tokens[1:count * context + 1].view(count, context)
-    total = sum(F.cross_entropy(model(xs.to(device)).flatten(0, 1).float(), ys.to(device).flatten(),
-                                reduction="sum").double()
-                for xs, ys in zip(x.split(batch_size), y.split(batch_size), strict=True))
+    total = 0
+    for xs, ys in zip(x.split(batch_size), y.split(batch_size), strict=True):
+        logits = model(xs.to(device)).flatten(0, 1)                  # (windows * context, V)
+        if logits.dtype != torch.float64:
+            logits = logits.float()                                  # half precision loses digits
+        loss = F.cross_entropy(logits, ys.to(device).flatten(), reduction="sum")
+        total = total + loss.double()
     return float(torch.exp(total / y.numel()))
 
 
@@ -427,53 +581,73 @@ def image_task(net, x, y, test, about: str, samples: int, seed: int = 0, split: 
     other training images instead: on these you may choose settings."""
     index, rest = draw(len(x), samples, seed)
     fold_batchnorm(net, x[:8])
-    x_test, y_test = test if split == "test" else (x[rest], y[rest])
+    if split == "test":
+        x_test, y_test = test
+    else:
+        x_test, y_test = x[rest], y[rest]
+    weights = sum(p.numel() for p in net.parameters())
     return Task(net, x[index], lambda net: accuracy(net, x_test, y_test), 32,
-                f"{sum(p.numel() for p in net.parameters()):,} weights; {about}; accuracy on "
-                f"{len(y_test):,} {split} images")
+                f"{weights:,} weights; {about}; accuracy on {len(y_test):,} {split} images")
 
 
 def text_task(net: GPT, tokens: Tensor, about: str, samples: int, seed: int = 0,
               split: str = "test"):
     """Calibrate on the first 90 % of the tokens, on which net was trained, and score the last 5 %.
     With split "train" score the 5 % between instead: on these you may choose settings."""
-    a, b = int(0.9 * len(tokens)), int(0.95 * len(tokens))
-    start, _ = draw(a - net.context, samples, seed)
+    a = int(0.9 * len(tokens))
+    b = int(0.95 * len(tokens))
     held = tokens[b:] if split == "test" else tokens[a:b]
-    return Task(net.eval(), tokens[start[:, None] + torch.arange(net.context)],
-                lambda net: perplexity(net, held, net.context), 8,
+    start, _ = draw(a - net.context, samples, seed)
+    windows = start[:, None] + torch.arange(net.context)             # (samples, context)
+    return Task(net.eval(), tokens[windows], lambda net: perplexity(net, held, net.context), 8,
                 f"{about}; perplexity on {len(held):,} {split} tokens")
 
 
+# The main job's networks, and how many calibration inputs each of them gets.
+SAMPLES = {"resnet": 512, "mobilenet": 512, "gpt": 128, "resnet20": 1024}
+
+
 def load_task(name: str, data=None, networks=NETWORKS, seed: int = 0, split: str = "test",
-              samples: int | None = None) -> Task:
+              samples: int | None = None, dtype: torch.dtype | None = None) -> Task:
     """One of the main job's networks, with its data.
 
     "resnet" and "mobilenet" classify digits, and "gpt" continues Python's own help texts. Their
     trained weights lie in the folder `networks` (experiments/train.py made them). "resnet20"
-    classifies CIFAR-10, whose files lie in the folder `data`. If the checkpoint lies there, too, it
+    classifies CIFAR-10, whose files lie in the folder `data`. If the checkpoint is also there, it
     is not downloaded. The seed draws `samples` calibration inputs. ValueError: an unknown name.
+
+    dtype: of the network and its images. None is float32, as the networks were trained. Processors
+    add up in different orders. In float32 the noise of that (1e-8) flips a rounding now and then,
+    and training amplifies it. In float64 the noise is 1e-16, and no rounding flips.
     """
+    if name not in SAMPLES:
+        raise ValueError(f"model = {name!r}: {', '.join(SAMPLES)} are allowed")
     if samples is None:
-        samples = {"resnet20": 1024, "gpt": 128}.get(name, 512)
+        samples = SAMPLES[name]
+    if dtype is None:
+        dtype = torch.float32
     if name == "resnet20":
         if data is None:
             raise ValueError("resnet20 needs the folder of CIFAR-10's binary files (--data)")
         here = [Path(data, part, "resnet20-12fca82f.th") for part in ("", "weights")]
-        net = resnet20(next((path for path in here if path.exists()), None))
-        return image_task(net, *cifar10(data, train=True), cifar10(data, train=False), "CIFAR-10",
-                          samples, seed, split)
-    makes = {"resnet": lambda _: ResNet((8, 16, 32), 1, "conv", channels=1),
-             "mobilenet": lambda _: MobileNet((8, 16, 24), channels=1),
-             "gpt": lambda saved: GPT(len(saved["vocabulary"]), layers=3)}
-    if name not in makes:
-        raise ValueError(f"model = {name!r}: {', '.join([*makes, 'resnet20'])} are allowed")
+        net = resnet20(next((path for path in here if path.exists()), None)).to(dtype)
+        x, y = cifar10(data, train=True)
+        x_test, y_test = cifar10(data, train=False)
+        return image_task(net, x.to(dtype), y, (x_test.to(dtype), y_test), "CIFAR-10", samples,
+                          seed, split)
+
     saved = torch.load(Path(networks) / f"{name}.pt", weights_only=True)
-    net = makes[name](saved)
+    if name == "resnet":
+        net = ResNet((8, 16, 32), 1, "conv", channels=1)
+    elif name == "mobilenet":
+        net = MobileNet((8, 16, 24), channels=1)
+    else:
+        net = GPT(len(saved["vocabulary"]), layers=3)
     net.load_state_dict(saved["state"])
+    net = net.to(dtype)
     if name == "gpt":
         string, lacks = help_text()
         about = f"Python's help texts without {lacks}" if lacks else "Python's help texts"
         return text_task(net, characters(string, saved["vocabulary"]), about, samples, seed, split)
-    x, y, *test = digits()
+    x, y, *test = digits(dtype)
     return image_task(net, x, y, test, "scikit-learn's digits", samples, seed, split)
