@@ -245,7 +245,7 @@ class AdaRound(RoundToNearest):
     """
 
     default_lr = 0.3                 # V is a logit: Adam moves it by lr * iterations / 2 at most
-    default_reg_weight = 1e4         # of the regulariser, see reconstruct.make_iteration
+    default_reg_weight = 1e5         # of the regulariser, see reconstruct.make_iteration
 
     def __init__(self, W, bits, symmetric=True, per_channel=False, **start):
         super().__init__(W, bits, symmetric, per_channel, **start)
@@ -288,7 +288,7 @@ class AdaQuant(RoundToNearest):
 
     learns_s1 = True
     default_lr = 1e-3
-    default_s1_lr = 1.6e-2
+    default_s1_lr = 4e-3
 
     def __init__(self, W, bits, symmetric=True, per_channel=False, **start):
         super().__init__(W, bits, symmetric, per_channel, **start)

@@ -12,7 +12,7 @@ method in each place:
     starts       the best of the grid from the three other starts: the weights with p = 2, 2.4, 3
     sensitivity  the best of all, with one knob off by a factor of 4, 16 and 64, both ways
 
-DATA is a folder that holds imagenet (see pretrained.lite0_task) and CIFAR-10's files.
+DATA is a folder that holds imagenet (see pretrained.lite_task) and CIFAR-10's files.
 """
 import argparse
 import copy
@@ -100,7 +100,7 @@ def place_inputs(place: str, data, networks=models.NETWORKS):
     bits, chosen, spread, count = PLACES[place]
     name = place.split()[0]
     if name == "lite0":
-        task = pretrained.lite0_task(Path(data, "imagenet"), 160, 2 * count, 0, "train")
+        task = pretrained.lite_task(Path(data, "imagenet"), 160, 2 * count, 0, "train")
     else:
         task = models.load_task(name, data, networks, 0, "train", 2 * count)
     tools.rescale(task.net, spread)

