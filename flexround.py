@@ -190,7 +190,8 @@ class FlexRound(RoundToNearest):
     use_s3_s4=False leaves s3 and s4 out. They are then None, as s4 is for a linear layer.
     """
 
-    default_lr = 8e-3
+    default_lr = 3.2e-2
+    default_s1_lr = 8e-3
 
     def __init__(self, W, bits, symmetric=True, per_channel=False, *, learn_s1: bool = True,
                  use_s3_s4: bool = True, **start):
@@ -245,7 +246,7 @@ class AdaRound(RoundToNearest):
     """
 
     default_lr = 0.3                 # V is a logit: Adam moves it by lr * iterations / 2 at most
-    default_reg_weight = 1e5         # of the regulariser, see reconstruct.make_iteration
+    default_reg_weight = 1e4         # of the regulariser, see reconstruct.make_iteration
 
     def __init__(self, W, bits, symmetric=True, per_channel=False, **start):
         super().__init__(W, bits, symmetric, per_channel, **start)
@@ -287,7 +288,7 @@ class AdaQuant(RoundToNearest):
     """
 
     learns_s1 = True
-    default_lr = 1e-3
+    default_lr = 4e-3
     default_s1_lr = 4e-3
 
     def __init__(self, W, bits, symmetric=True, per_channel=False, **start):

@@ -116,8 +116,9 @@ def depthwise_forward(layer, x):
 
 
 def lite(name: str = "lite0", size: int = 224) -> models.Blocks:
-    """EfficientNet-Lite0 or -Lite1 with its ImageNet weights, as a list of blocks: the stem, each inverted
-    residual, the last convolution, and pooling with the classifier. Batch norm is not folded.
+    """EfficientNet-Lite0 or -Lite1 with its ImageNet weights, as a list of blocks: the stem, each
+    inverted residual, the last convolution, and pooling with the classifier. Batch norm is not
+    folded.
 
     size: pixels of an image's side. (TensorFlow's padding depends on it.)
     """
@@ -238,8 +239,8 @@ def lite_task(data, size=160, samples=None, seed=0, split="test", name="lite0"
     for layer in net.modules():
         if isinstance(layer, nn.Conv2d) and layer.groups == layer.in_channels > 1:
             layer.forward = partial(depthwise_forward, layer)
-    return models.Task(net, x, Top1(lite0_images(held, size), y), 32, f"EfficientNet-L{name[1:]} at "
-                       f"{size} pixels; accuracy on {len(y):,} {split} images")
+    about = f"EfficientNet-L{name[1:]} at {size} pixels; accuracy on {len(y):,} {split} images"
+    return models.Task(net, x, Top1(lite0_images(held, size), y), 32, about)
 
 
 # ---- GPT-2 on WikiText-2 -------------------------------------------------------------------------

@@ -90,6 +90,11 @@ def grid(networks: str, methods: dict, bits=(3, 2), seeds=(0, 1, 2), spreads=(1,
 # What the search found for each method (experiments/knobs.py), where it is not the default.
 RTN = {"rtn": [{}]}
 THREE = {"adaround": [{}], "adaquant": [{}], "flexround": [{}]}
+CANDIDATES = {
+    "adaround": [{"lr": 0.3, "reg_weight": weight} for weight in (1e3, 1e4, 1e5)],
+    "adaquant": [{"lr": lr, "s1_lr": s1_lr} for lr, s1_lr in (
+        (1e-3, 4e-3), (1e-3, 1.6e-2), (4e-3, 4e-3))],
+    "flexround": [{"lr": lr, "s1_lr": 8e-3} for lr in (8e-3, 1.6e-2, 3.2e-2)]}
 UNEQUAL = {"adaround": [{"lr": 0.1}], "adaquant": [{"lr": 4e-3, "s1_lr": 0.256}],
            "flexround": [{"lr": 6.4e-2, "s1_lr": 0.128}]}
 LITE = {"adaround": [{"lr": 0.3, "reg_weight": 1e4}], "adaquant": [{"lr": 1e-3, "s1_lr": 0.256}],
@@ -103,6 +108,9 @@ COPIED = {"adaround": [{"lr": 0.3, "reg_weight": 0.1}], "adaquant": [{"lr": 1e-3
 
 STUDIES = {
     "first": grid("resnet mobilenet gpt", RTN | THREE, iterations=250, **OUTPUTS),
+    # Three candidates a method, from the search by blocks, on whole networks. Not the test split.
+    "choice": grid("resnet mobilenet gpt", CANDIDATES, [2], (0,), split="train", iterations=250,
+                   **OUTPUTS),
     "unequal": grid("resnet", RTN | UNEQUAL, [2], spreads=(1, 4, 16), iterations=500, **OUTPUTS),
     "samples": [run for network, samples in product(
         ("resnet", "mobilenet", "gpt"), (8, 32, 128, 512)) for run in grid(
@@ -168,7 +176,10 @@ def load(run: Run, data=None, networks=None, samples=None) -> models.Task:
         if run.equal:
             pretrained.equalise(task.net)
     else:
-        task = models.load_task(name, data, networks or models.NETWORKS, seed, split, samples)
+        # As the main job: on a CPU in float64, so that each processor finds the same codes.
+        cpu = name != "resnet20" and run.config.device in (None, "cpu")
+        task = models.load_task(name, data, networks or models.NETWORKS, seed, split, samples,
+                                torch.float64 if cpu else torch.float32)
     tools.rescale(task.net, run.spread)
     return task
 
