@@ -25,7 +25,7 @@ from torch.nn.utils import parametrize
 from torch.utils.data import DataLoader, Subset
 
 import models
-from experiments.timing import peak_memory
+from experiments.tools import peak_memory
 from flexround import METHODS, fold
 from reconstruct import ReconstructionConfig, quantize_model
 

@@ -38,9 +38,9 @@ from reconstruct import ReconstructionConfig, device_of, quantize_model
 MALLOC = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2 ** 34),
           "MALLOC_TOP_PAD_": str(2 ** 27)}
 HERE = Path(__file__).parent
-COMMITTED = [HERE / "results.jsonl", HERE / "first.jsonl"]           # no run is added to these
+COMMITTED = HERE / "runs.jsonl"                                      # no run is added to it
 NAMES = {"rtn": "round to nearest", "adaround": "AdaRound", "adaquant": "AdaQuant",
-         "adaquant-steps": "AdaQuant, V_in_steps True", "flexround": "FlexRound"}
+         "flexround": "FlexRound"}
 # Networks of tinyshakespeare's characters: layers, width, context, steps of training, kind, heads.
 TEXTS = {"shakespeare": (4, 128, 128, 2500), "small-shakespeare": (3, 64, 64, 1000),
          "llama": (5, 64, 64, 2000, train.llama, 8)}
@@ -129,7 +129,11 @@ STUDIES = {
         "lite0", LITE, [4], (0,), **LITE0, **OUTPUTS, abits=4, setting=setting)],
     "lite0-samples": grid("lite0", RTN | LITE, [4], (0,), **LITE0 | {"samples": 32}, **OUTPUTS),
     "lite0-channels": grid("lite0", RTN | LITE, [4], (0,), per_channel=True, **LITE0, **OUTPUTS),
-    "resnet20": grid("resnet20", RTN | THREE, [2], iterations=250, **OUTPUTS),
+    # Not made again yet with searched knobs. Each needs a search of its own first.
+    "resnet20": grid("resnet20", RTN | THREE, [4, 3, 2], iterations=1000, **OUTPUTS),
+    "mobilenet": grid("cifar-mobilenet", RTN | THREE, [4, 3, 2], iterations=1000, **OUTPUTS),
+    "shakespeare": grid("shakespeare", RTN | THREE, [4, 3, 2], iterations=500, **OUTPUTS),
+    "llama": grid("llama", RTN | THREE, [4, 3, 2], iterations=500, **OUTPUTS),
 }
 
 
@@ -229,17 +233,13 @@ def one_run(job) -> tuple[int, dict | None]:
 
 # ---- Files of runs -------------------------------------------------------------------------------
 
-# Settings that older records hold and the code no longer has, as every other run has them.
-GONE = {"optimizer": "adam", "precision": "float32", "cache_dtype": None, "cuda_graph": True}
-DEFAULTS = {**asdict(ReconstructionConfig()), **GONE}
+DEFAULTS = {**asdict(ReconstructionConfig()), "optimizer": "adam"}
 
 
 def settings_of(record: dict) -> dict:
-    """The settings of a record, in one order. What it does not hold had its default, and an older
-    name gives way to the present one. We leave devices out."""
+    """The settings of a record, in one order. What it does not hold had its default. We leave
+    devices out."""
     settings = DEFAULTS | record["config"]
-    if settings.pop("V_in_steps", False):
-        settings["method"] = "adaquant-steps"
     return {k: v for k, v in settings.items() if k not in ("device", "cache_device")}
 
 
@@ -275,17 +275,17 @@ def table(records: list[dict]) -> str:
     """The records as a Markdown table, networks and bits down, methods and their settings across.
     With more than 7 columns it is the other way round.
 
-    A cell is the median over the seeds. Behind it stand, where they differ, the minimum and the
-    maximum, and the median of the seconds. A setting is named where it varies within its method and
-    is not the default. The rate is always named.
+    A cell is the median over the seeds. Behind it are, where they differ, the minimum and the
+    maximum, and the share of blocks that kept their last state. A setting is named where it varies
+    within its method and is not the default. Rates and AdaRound's weight are always named.
     """
-    hidden = ("method", "bits", "abits", "seed", "batch_size", "layer_bits")
+    hidden = ("method", "bits", "abits", "seed", "batch_size")
     seen = [settings_of(record) for record in records]
     cells, full, columns = {}, {}, {}
     for record, own in zip(records, seen, strict=True):
         same = [other for other in seen if other["method"] == own["method"]]
         named = [f"{k} {v}" for k, v in own.items() if k not in hidden and v != DEFAULTS[k] and (
-            k == "lr" or any(other[k] != v for other in same))]
+            k in ("lr", "s1_lr", "reg_weight") or any(other[k] != v for other in same))]
         column = ", ".join([NAMES.get(own["method"], own["method"]), *named])
         abits = f"A{own['abits']}" if own["abits"] else ""
         row = f"{record['network']} | W{own['bits']}{abits}"
@@ -299,8 +299,9 @@ def table(records: list[dict]) -> str:
             return ""
         low, middle, high = (f"{f([r['score'] for r in runs]):.2f}"
                              for f in (min, statistics.median, max))
-        seconds = f"{statistics.median(r['seconds'] for r in runs):.0f} s"
-        return f"{middle} ({'' if low == high else f'{low} to {high}; '}{seconds})"
+        spread = "" if low == high else f"{low} to {high}; "
+        kept = statistics.mean(r["kept_last"] for r in runs)
+        return f"{middle} ({spread}{kept:.2f})"
 
     heads = {row: f"{row} | {statistics.median(scores):.2f}" for row, scores in full.items()}
     lines = [["network | bits | full precision", *columns]] + [
@@ -345,24 +346,6 @@ def left(record: dict, nearest: dict, kind: str) -> float:
     ours, theirs = (np.array(r["losses"][kind]) for r in (record, nearest))
     known = theirs > 0                                               # embeddings have none
     return float(np.exp(np.log(ours[known] / theirs[known]).mean()))
-
-
-def unseen_losses(records: list[dict]) -> str:
-    """What each rate leaves of the loss on inputs that were not calibrated on, as a Markdown
-    table."""
-    rows = {}
-    for record in records:
-        own = settings_of(record)
-        row = f"{record['network']} | W{own['bits']} | {own['iterations']}"
-        rows.setdefault(row, {})[own["method"], own["lr"]] = record
-    columns = [c for c in next(iter(rows.values())) if c[0] != "rtn"]
-    lines = ["| network | bits | iterations |" + "".join(f" {NAMES[m]}, {lr:g} |"
-                                                         for m, lr in columns),
-             "|---" * (3 + len(columns)) + "|"]
-    for row, own in rows.items():
-        ratios = [left(own[c], own["rtn", None], "unseen") for c in columns]
-        lines.append(f"| {row} |" + "".join(f" {ratio:.2f} |" for ratio in ratios))
-    return "\n".join(lines)
 
 
 def by_place(records: list[dict]) -> dict:
@@ -413,10 +396,9 @@ def ranking(records: list[dict]) -> str:
 
 
 # The tables of a study, where they are not the one of its scores.
-TABLES = {"rates-bits": [unseen_losses], "samples": [few_inputs, ranking],
-          "lite0-samples": [few_inputs], "lite0-long": [table, few_inputs],
-          **dict.fromkeys(("lite0", "lite0-3-bits", "lite0-2-bits", "lite0-channels"),
-                          [table, paired, few_inputs, ranking])}
+TABLES = {"samples": [few_inputs, ranking], "lite0": [table, paired, few_inputs, ranking],
+          **dict.fromkeys([name for name in STUDIES if name.startswith("lite") and name != "lite0"],
+                          [table])}
 
 
 def shown(records: list[dict]) -> str:
@@ -483,13 +465,12 @@ def main(arguments=None) -> None:
     if args.table == bool(args.out):
         raise ValueError("either --table or --out FILE is needed")
     if args.table:
-        for path in COMMITTED:
-            records = [r for r in read_results(path) if r["study"] == args.name]
-            if records:
-                print(f"taken from experiments/{path.name}: {len(records)} runs\n")
-                return print(shown(records))
-        raise ValueError(f"no runs of {args.name} lie here: make them (--out)")
-    if Path(args.out).resolve() in [path.resolve() for path in COMMITTED]:
+        records = [r for r in read_results(COMMITTED) if r["study"] == args.name]
+        if not records:
+            raise ValueError(f"there are no runs of {args.name} here: make them (--out)")
+        print(f"taken from experiments/{COMMITTED.name}: {len(records)} runs\n")
+        return print(shown(records))
+    if Path(args.out).resolve() == COMMITTED.resolve():
         raise ValueError(f"--out {args.out}: these runs stay as they are, name another file")
     records = make(args.name, args.out, args.jobs, args.device, data=args.data,
                    networks=args.networks)

@@ -7,6 +7,7 @@ import argparse
 import copy
 import importlib.util
 import itertools
+import math
 import statistics
 import sys
 import time
@@ -19,8 +20,17 @@ import torch
 from torch import Tensor, nn
 
 import models
-from flexround import quantizable_layers, quantize_layers, quantizers
-from reconstruct import ReconstructionConfig, device_of, evaluate, make_iteration, run
+from experiments.tools import peak_memory
+from flexround import METHODS, quantizable_layers, quantize_layers, quantizers
+from reconstruct import (
+    ReconstructionConfig,
+    block_loss,
+    device_of,
+    evaluate,
+    learned_parameters,
+    make_iteration,
+    run,
+)
 
 
 def captured(step):
@@ -58,7 +68,56 @@ def captured(step):
         graph.replay()
         return result
 
+    replay.step = step                                               # the graph uses its memory
     return replay
+
+
+def recordable_iteration(block: nn.Module, x_q: Tensor, y_fp: Tensor, config: ReconstructionConfig,
+                         record=None):
+    """make_iteration's step for weights alone, with all that changes in tensors that are
+    overwritten: a recorded step reads the same memory each time. record: captured, or None."""
+    device, total = device_of([block]), config.iterations
+    factors, _ = learned_parameters(block, config)
+    regularised = [q for q in quantizers(block).values() if hasattr(q, "regulariser")]
+    s1s = [q.log_s1 for q in quantizers(block).values() if q.learns_s1]
+    others = [p for p in factors if all(p is not s for s in s1s)]
+    rates = [config.default("lr"), config.default("s1_lr") or config.default("lr")]
+    now = torch.zeros(4, device=device)                              # two rates, weight and beta
+    groups = [{"params": p, "lr": rate} for p, rate in ((others, now[0]), (s1s, now[1])) if p]
+    optimizer = torch.optim.Adam(groups, fused=True, capturable=device.type == "cuda")
+    draw = torch.Generator().manual_seed(1000 * config.seed)
+    batches = torch.stack([torch.randperm(len(x_q), generator=draw)[:config.batch_size]
+                           for _ in range(total)]).to(device)
+    changing = []
+    for i in range(total):
+        share, beta = METHODS["adaround"].schedule(i / total)
+        cosine = (1 + math.cos(math.pi * i / total)) / 2
+        weight = share * (config.default("reg_weight") if regularised else 0.0)
+        weight /= max(sum(q.V.numel() for q in regularised), 1)
+        changing.append((rates[0] * cosine, rates[1] * cosine, weight, beta))
+    changing = torch.tensor(changing, device=device)
+    batch = batches[0].clone()
+
+    def step():
+        for q in regularised:
+            q.train()
+        loss = block_loss(block(x_q.index_select(0, batch)), y_fp.index_select(0, batch))
+        for q in regularised:
+            loss = loss + now[2] * q.regulariser(now[3])
+        for p in factors:
+            p.grad = None
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    run_step = step if record is None else record(step)
+
+    def iterate(i):
+        now.copy_(changing[i])
+        batch.copy_(batches[i])
+        return run_step()
+
+    return iterate
 
 
 def time_block(block: nn.Module, x: Tensor, config: ReconstructionConfig, rounds: int = 20
@@ -92,7 +151,8 @@ def time_block(block: nn.Module, x: Tensor, config: ReconstructionConfig, rounds
         plain(batch).backward(G)
 
     def iteration(record=None):
-        iterate = make_iteration(hat, x, y, config, record=record)
+        make = make_iteration if record is None else recordable_iteration
+        iterate = make(hat, x, y, config, **({} if record is None else {"record": record}))
         order = itertools.cycle(range(config.iterations))
         return lambda: iterate(next(order))
 
@@ -116,7 +176,7 @@ def time_block(block: nn.Module, x: Tensor, config: ReconstructionConfig, rounds
             seconds(step, 3)
         taken = [{name: seconds(step, 50 if cuda else 1) for name, step in steps.items()}
                  for _ in range(rounds)]
-    once = statistics.median(seconds(lambda: evaluate(hat, x, y, config.batch_size, device), 1)
+    once = statistics.median(seconds(lambda: evaluate(hat, x, y, config), 1)
                              for _ in range(3))
     return {**{name: statistics.median(t[name] for t in taken) for name in steps},
             "evaluations": 5 * 32 * config.batch_size / len(x) * once}
@@ -158,15 +218,6 @@ def print_times(device: str) -> None:
     for row in rows(device):
         print(f"| {row} |", flush=True)
     print(f"\nPeak memory: {peak_memory(device)}")
-
-
-def peak_memory(device: str) -> str:
-    """The most memory that this process has used so far: a GPU's as torch counts it, else RAM."""
-    if torch.device(device).type == "cuda":
-        return f"{torch.cuda.max_memory_allocated(device) / 1e6:,.0f} MB on {device}"
-    import resource  # Windows has none
-    unit = 1 if sys.platform == "darwin" else 1024                   # bytes there, else kilobytes
-    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6:,.0f} MB of RAM"
 
 
 def main(arguments=None) -> None:

@@ -1,5 +1,6 @@
 """What only experiments need: how far weights moved, unequal channels, rules and optimizers of no
 paper, and a GPT's text."""
+import sys
 from contextlib import contextmanager
 from unittest import mock
 
@@ -9,12 +10,7 @@ from torch import Tensor, nn
 import flexround
 import models
 import reconstruct
-from flexround import AdaQuant, Clamp, Round, RoundToNearest
-
-
-def start_of(q: RoundToNearest, W: Tensor, p: float = 2.4) -> RoundToNearest:
-    """Round to nearest on the grid that q started from, by the same search."""
-    return RoundToNearest(W, q.bits, q.symmetric, q.per_channel, p=p)
+from flexround import RoundToNearest
 
 
 @torch.no_grad()
@@ -67,16 +63,6 @@ def block_losses(net: models.Blocks, net_hat: models.Blocks, x: Tensor, batch_si
     return (totals / len(x)).tolist()
 
 
-class AdaQuantInSteps(AdaQuant):
-    """AdaQuant with V in grid steps, W_hat = s1 * round(W / s1 + V), so that one rate moves the
-    weights of each layer by as many steps. An example of a rule of one's own."""
-
-    default_lr = 1.6e-2
-
-    def integers(self, W):
-        return Clamp.apply(Round.apply(W / self.s1 + self.V), *self.bounds)
-
-
 class Watched(flexround.FlexRound):
     """FlexRound that notes W / S and W_hat of each step in which it learns, in the list `seen`."""
 
@@ -89,7 +75,6 @@ class Watched(flexround.FlexRound):
         return W_hat
 
 
-flexround.METHODS["adaquant-steps"] = AdaQuantInSteps
 flexround.METHODS["watched"] = Watched
 
 
@@ -97,7 +82,7 @@ flexround.METHODS["watched"] = Watched
 def plain_sgd():
     """Within, reconstruct.py descends with SGD in place of Adam: an experiment. SGD keeps the size
     of a gradient, which Adam divides out. Rates are then other ones: name an lr."""
-    def make(groups, fused, capturable):
+    def make(groups, fused):
         return torch.optim.SGD(groups, fused=fused)
 
     with mock.patch("torch.optim.Adam", make):
@@ -113,3 +98,12 @@ def sample(net: models.GPT, tokens: Tensor, count: int, seed: int = 0) -> Tensor
         drawn = torch.multinomial(logits.float().softmax(1).cpu(), 1, generator=generator)
         tokens = torch.cat([tokens, drawn], 1)
     return tokens
+
+
+def peak_memory(device: str) -> str:
+    """The most memory that this process has used so far: a GPU's as torch counts it, else RAM."""
+    if torch.device(device).type == "cuda":
+        return f"{torch.cuda.max_memory_allocated(device) / 1e6:,.0f} MB on {device}"
+    import resource  # Windows has none
+    unit = 1 if sys.platform == "darwin" else 1024                   # bytes there, else kilobytes
+    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6:,.0f} MB of RAM"
