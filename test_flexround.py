@@ -12,7 +12,7 @@ import runpy
 import subprocess
 import sys
 import warnings
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -948,12 +948,13 @@ def test_the_same_code_on_cuda():
 
 # ---- 7. The networks themselves, and their data --------------------------------------------------
 
+class PreActivation(nn.Sequential):
+    def forward(self, x):
+        return self[0](torch.relu(self[1](x)))
+
+
 def test_folding_batch_norm_changes_no_output_or_is_refused():
     """Definition order is not use order, as before an activation, so the outputs must decide."""
-    class PreActivation(nn.Sequential):
-        def forward(self, x):
-            return self[0](torch.relu(self[1](x)))
-
     torch.manual_seed(0)
     x, wrong = torch.randn(16, 3, 8, 8), PreActivation(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3))
     nets = (models.MobileNet((4, 6), 1), models.ResNet((4, 6), 1, "conv"), models.ResNet((4, 6), 1))
@@ -972,6 +973,216 @@ def test_folding_batch_norm_changes_no_output_or_is_refused():
         net = models.fold_batchnorm(nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 3, 1)), x)
     with pytest.warns(UserWarning, match=r"0.0 \(BatchNorm2d\).*Fold batch norm first"):
         quantize_model([net], x, replace(QUICK, end_bits=None))
+
+
+def restless_norms(net):
+    """net in eval mode, with batch norms that do something, as after training."""
+    for m in net.eval().modules():
+        if isinstance(m, nn.BatchNorm2d) and m.running_mean is not None:
+            for t in (m.weight, m.running_var, m.bias, m.running_mean):
+                nn.init.uniform_(t, 0.5, 2.0)
+    return net
+
+
+class NormThenReLU(nn.BatchNorm2d):
+    def forward(self, x):
+        return torch.relu(super().forward(x))
+
+
+class FrozenBatchNorm2d(nn.Module):
+    """As torchvision's, which is no nn.BatchNorm2d."""
+
+    def forward(self, x):
+        return 2 * x + 1
+
+
+def standardised_conv():
+    """A convolution that computes its weight anew in forward, as some of timm's."""
+    class StdConv2d(nn.Conv2d):
+        def forward(self, x):
+            return self._conv_forward(x, self.weight - self.weight.mean((1, 2, 3), True), self.bias)
+
+    return StdConv2d(3, 4, 1)
+
+
+def hooked(layer):
+    layer.register_forward_hook(lambda layer, args, y: y.abs())
+    return layer
+
+
+LEFT = {"an activation inside": (lambda: (nn.Conv2d(3, 4, 1), NormThenReLU(4)), "forward of its"),
+        "a hook behind the norm": (lambda: (nn.Conv2d(3, 4, 1), hooked(nn.BatchNorm2d(4))), "hook"),
+        "a hook between": (lambda: (hooked(nn.Conv2d(3, 4, 1)), nn.BatchNorm2d(4)), "hook"),
+        "batch statistics": (lambda: (nn.Conv2d(3, 4, 1),
+                                      nn.BatchNorm2d(4, track_running_stats=False)), "no running"),
+        "weight norm": (lambda: (nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 1)),
+                                 nn.BatchNorm2d(4)), "weight norm"),
+        "a pruned weight": (lambda: (prune.l1_unstructured(nn.Conv2d(3, 4, 1), "weight", 3),
+                                     nn.BatchNorm2d(4)), "computed from others"),
+        "a conv of its own": (lambda: (standardised_conv(), nn.BatchNorm2d(4)), "Give an example"),
+        "other channels": (lambda: (nn.Conv2d(3, 4, 1), nn.Flatten(2), nn.Unflatten(2, (8, 8)),
+                                    nn.BatchNorm2d(4)), "no Conv2d"),
+        "a frozen norm": (lambda: (nn.Conv2d(3, 4, 1), FrozenBatchNorm2d()), "a FrozenBatchNorm2d"),
+        "a linear layer": (lambda: (nn.Flatten(), nn.Linear(192, 4), nn.BatchNorm1d(4)),
+                           "a BatchNorm1d stays float")}
+
+
+@pytest.mark.parametrize("case", LEFT)
+def test_a_batch_norm_that_we_cannot_fold_stays_and_is_named(case):
+    """Folding it would change the outputs without a word, or fail half-way."""
+    torch.manual_seed(0)
+    make, why = LEFT[case]
+    net, x = restless_norms(nn.Sequential(*make())), torch.randn(5, 3, 8, 8)
+    y, norm = net(x), net[-1]
+    with pytest.warns(UserWarning, match=rf"not folded, .*{why}.*: \['{len(net) - 1}'\]"):
+        models.fold_batchnorm(net)
+    assert net[-1] is norm and torch.equal(net(x), y)
+
+
+def test_of_timms_batch_norm_the_activation_stays():
+    """All of timm's MobileNets and EfficientNets have it. We take timm itself where it is there."""
+    class BatchNormAct2d(nn.BatchNorm2d):
+        def __init__(self, channels):
+            super().__init__(channels)
+            self.drop = nn.Dropout(0.5)
+            self.act = nn.Hardswish()
+
+        def forward(self, x):
+            return self.act(self.drop(super().forward(x)))
+
+    class Louder(BatchNormAct2d):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    torch.manual_seed(0)
+    x = torch.randn(5, 3, 8, 8)
+    net = restless_norms(nn.Sequential(nn.Conv2d(3, 4, 1), BatchNormAct2d(4)))
+    y, drop, act = net(x), net[1].drop, net[1].act
+    models.fold_batchnorm(net, x)
+    assert list(net[1]) == [drop, act]
+    torch.testing.assert_close(net(x), y, rtol=1e-4, atol=1e-4)
+    with pytest.warns(UserWarning, match="Louder has a forward of its own"):
+        models.fold_batchnorm(nn.Sequential(nn.Conv2d(3, 4, 1), Louder(4)))
+
+
+@pytest.mark.parametrize("name", ["mobilenetv3_small_050", "efficientnet_b0", "tf_efficientnet_b0"])
+def test_networks_of_timm_are_folded(name):
+    """tf_efficientnet_b0 has convolutions with a padding of their own."""
+    try:
+        import timm
+    except Exception:                                                # its torchvision may also fail
+        pytest.skip("no timm")
+    torch.manual_seed(0)
+    net, x = restless_norms(timm.create_model(name)), torch.randn(2, 3, 64, 64)
+    y = net(x)
+    models.fold_batchnorm(net, x)
+    assert not any(models.is_batchnorm(m) for m in net.modules())
+    torch.testing.assert_close(net(x), y, rtol=1e-3, atol=1e-3 * float(y.abs().max()))
+
+
+def folding(change, dtype=torch.float32):
+    """A convolution and its norm, with change behind them, folded and compared on x."""
+    class Net(nn.Sequential):
+        def forward(self, x):
+            return change(super().forward(x))
+
+    torch.manual_seed(0)
+    net = restless_norms(Net(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))).to(dtype)
+    return models.fold_batchnorm(net, torch.randn(5, 3, 8, 8).to(dtype))
+
+
+@dataclass
+class Output:
+    logits: torch.Tensor
+
+
+OUTPUTS = {"dict": lambda y: {"logits": y, "more": [y, None]}, "tuple": lambda y: (y, y > 0),
+           "dataclass": Output, "zeros": lambda y: 0 * y}
+
+
+@pytest.mark.parametrize("kind", OUTPUTS)
+def test_what_is_compared_after_folding(kind):
+    """Whatever a network returns, its floating-point tensors are compared. Zeros are no error."""
+    calls = []
+
+    def differs(y):                                                  # 1 more in the second call
+        calls.append(y)
+        return OUTPUTS[kind](y) if kind != "zeros" or len(calls) == 1 else y
+
+    assert isinstance(folding(OUTPUTS[kind])[1], nn.Identity)
+    with pytest.raises(ValueError, match="outputs are off by"):
+        folding(lambda y: differs(y + len(calls)))
+
+
+@pytest.mark.parametrize("dtype", models.TOLERANCE)
+def test_the_tolerance_of_folding_is_the_dtypes(dtype):
+    """A right fold passes in each dtype, and an error that float32 would hide is one in float64."""
+    assert isinstance(folding(lambda y: y, dtype)[1], nn.Identity)
+    assert isinstance(folding(lambda y: y.float(), dtype)[1], nn.Identity)    # float32 outputs
+    calls = []
+
+    def drifts(y):
+        calls.append(y)
+        return y * (1 + 3 * models.TOLERANCE[dtype] * len(calls))
+
+    with pytest.raises(ValueError, match="outputs are off by"):
+        folding(drifts, dtype)
+
+
+def test_a_wrong_fold_leaves_the_network_as_it_was():
+    """An error that comes after the work would cost the user the network."""
+    class Reads(nn.Sequential):
+        def forward(self, x):
+            return self[1](self[0](x)) * self[1].eps                 # nn.Identity has no eps
+
+    class InPlace(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x.mul_(3))
+
+    torch.manual_seed(0)
+    x = torch.randn(5, 3, 8, 8)
+    for kind, error in ((Reads, AttributeError), (PreActivation, ValueError)):
+        net = restless_norms(kind(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)))
+        y, modules = net(x), list(net)
+        with pytest.raises(error):
+            models.fold_batchnorm(net, x)
+        assert list(net) == modules and torch.equal(net(x), y)
+    with pytest.raises(ValueError, match="no floating-point tensor"):
+        folding(lambda y: y.argmax(1))
+
+    # A network that works in place on its input gets copies.
+    net, before = restless_norms(InPlace(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))), x.clone()
+    models.fold_batchnorm(net, x)
+    assert isinstance(net[1], nn.Identity) and torch.equal(x, before)
+
+
+def test_folding_is_compared_without_tf32(monkeypatch):
+    """On a GPU cuDNN's convolutions round to 11 bits by default, and the comparison would fail."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    seen = []
+
+    def watch(y):
+        seen.append(torch.backends.cudnn.allow_tf32)
+        return y
+
+    folding(watch)
+    assert seen == [False, False] and torch.backends.cudnn.allow_tf32
+
+
+@pytest.mark.parametrize("name", ["resnet", "mobilenet", "gpt"])
+def test_a_task_in_float64(name):
+    """It is the same network. Its data is standardised in float64, not only cast to it."""
+    task, exact = models.load_task(name), models.load_task(name, dtype=torch.float64)
+    assert all(p.dtype == torch.float64 for p in exact.net.parameters())
+    assert exact.score(exact.net) == pytest.approx(task.score(task.net), rel=1e-6)
+    assert exact.about == task.about
+    if name == "gpt":
+        assert torch.equal(exact.calibration, task.calibration)      # tokens stay integers
+    else:
+        images = models.digits(torch.float64)[0]
+        assert float(images.mean().abs()) < 1e-12 and float(images.std()) == pytest.approx(1, 1e-12)
+        assert exact.calibration.dtype == torch.float64
+        torch.testing.assert_close(exact.calibration.float(), task.calibration)
 
 
 def test_accuracy_and_perplexity_by_hand():
