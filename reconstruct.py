@@ -716,7 +716,7 @@ def parser() -> argparse.ArgumentParser:
     add("--model", nargs="+", default=["resnet", "mobilenet", "gpt"],
         help="resnet, mobilenet (digits), gpt (characters), resnet20 (CIFAR-10, needs --data)")
     add("--method", nargs="+", default=list(METHODS), help="keys of flexround.METHODS")
-    add("--bits", nargs="+", type=int, default=[3, 2], help="of a weight, 2 to 8")
+    add("--bits", nargs="+", type=int, default=[2], help="of a weight, 2 to 8")
     add("--abits", type=int, help="of each layer's input, 2 to 8. None: weights only")
     add("--setting", default="B", help="with --abits: B or Q")
     add("--start", default="outputs", help="of s1: the least error of the outputs or the weights")

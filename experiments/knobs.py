@@ -1,16 +1,17 @@
 """The search for the settings of each method: what each knob leaves of a block's loss.
 
-    python -m experiments.knobs                                          the tables and the picture
+    python -m experiments.knobs                                          the tables
     python -m experiments.knobs --out mine.jsonl --data DATA --jobs 2    make the search again
 
 A place is a few blocks of one network. We reconstruct each block by itself, on float inputs, and
 measure the loss on inputs that it did not see. Both kinds of inputs are training data. Nothing here
-sees the data that are scored. The search has three parts, with the same number of runs for each
+sees the data that are scored. The search has two parts, with the same number of runs for each
 method in each place:
 
     grid         15 runs: five by three values of the two knobs, from the start on outputs
     starts       the best of the grid from the three other starts: the weights with p = 2, 2.4, 3
-    sensitivity  the best of all, with one knob off by a factor of 4, 16 and 64, both ways
+
+studies.py then compares three candidates of each method on whole networks (the study choice).
 
 DATA is a folder that holds imagenet (see pretrained.lite_task) and CIFAR-10's files.
 """
@@ -47,7 +48,6 @@ GRIDS = {
 
 
 STARTS = [{"start": "weights", "p": p} for p in (2.0, 2.4, 3.0)]
-FACTORS = (1 / 64, 1 / 16, 1 / 4, 4, 16, 64)
 
 
 def grid(held: list[dict], place: str) -> list[tuple[str, dict]]:
@@ -65,17 +65,7 @@ def starts(held: list[dict], place: str) -> list[tuple[str, dict]]:
             for method in GRIDS for own in STARTS]
 
 
-def sensitivity(held: list[dict], place: str) -> list[tuple[str, dict]]:
-    """The best of all with one knob off."""
-    runs = []
-    for method, knobs in GRIDS.items():
-        chosen = best(held, place, method)["settings"]
-        for knob, factor in product(knobs, FACTORS):
-            runs.append((method, chosen | {knob: chosen[knob] * factor}))
-    return runs
-
-
-PARTS = {part.__name__: part for part in (grid, starts, sensitivity)}
+PARTS = {part.__name__: part for part in (grid, starts)}
 
 
 def left(record: dict, held: list[dict]) -> float:
@@ -88,9 +78,8 @@ def left(record: dict, held: list[dict]) -> float:
 
 
 def best(held: list[dict], place: str, method: str) -> dict:
-    """The run with the least loss on unseen inputs, not counting those of the sensitivity."""
-    own = [r for r in held if r["place"] == place and r["method"] == method
-           and r["part"] != "sensitivity"]
+    """The run of the grid with the least loss on unseen inputs."""
+    own = [r for r in held if (r["part"], r["place"], r["method"]) == ("grid", place, method)]
     return min(own, key=lambda r: left(r, held))
 
 
@@ -135,6 +124,42 @@ def one_run(job) -> dict:
             "seconds": round(time.perf_counter() - began, 1)}
 
 
+def best_table(held: list[dict]) -> str:
+    """The best of the grid and the starts, as a Markdown table: what is left of the loss. In
+    brackets the median and the worst of the 15 runs, and kept_last of the best."""
+    lines = ["| place | bits | method | settings | left (median, worst) | kept last | "
+             "left from the weights, p = 2, 2.4, 3 |", "|---" * 7 + "|"]
+    for place in dict.fromkeys(r["place"] for r in held):
+        for method in GRIDS:
+            own = [r for r in held if (r["place"], r["method"]) == (place, method)]
+            runs = sorted(left(r, held) for r in own if r["part"] == "grid")
+            chosen = best(held, place, method)
+            settings = ", ".join(f"{k} {chosen['settings'][k]:g}" for k in GRIDS[method])
+            others = ", ".join(f"{left(r, held):.2f}" for r in own if r["part"] == "starts")
+            kept = sum(chosen["kept"]) / len(chosen["kept"])
+            spread = f"{runs[0]:.2f} ({runs[len(runs) // 2]:.2f}, {runs[-1]:.2f})"
+            lines.append(f"| {place} | W{PLACES[place][0]} | {studies.NAMES[method]} | {settings} "
+                         f"| {spread} | {kept:.2f} | {others or 'not run'} |")
+    return "\n".join(lines)
+
+
+def grid_table(held: list[dict], place: str) -> str:
+    """All runs of the grid of a place, as Markdown tables: rates down, the other knob across."""
+    parts = []
+    for method, knobs in GRIDS.items():
+        (down, rates), (across, values) = knobs.items()
+        found = {(r["settings"][down], r["settings"][across]): left(r, held) for r in held
+                 if (r["part"], r["place"], r["method"]) == ("grid", place, method)}
+        lines = [f"| {studies.NAMES[method]}, {down} | "
+                 + " | ".join(f"{across} {v:g}" for v in values) + " |",
+                 "|---" * (1 + len(values)) + "|"]
+        for rate in rates:
+            cells = " | ".join(f"{found[rate, v]:.2f}" for v in values)
+            lines.append(f"| {rate:g} | {cells} |")
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
+
+
 def make(out, parts: list[str], places: list[str], data, jobs: int, iterations: int) -> None:
     """Make the runs that the file `out` does not hold yet, and add them to it."""
     os.environ.update(studies.MALLOC)
@@ -164,6 +189,10 @@ def main(arguments=None) -> None:
     args = flags.parse_args(arguments)
     if args.out is not None:
         make(args.out, args.part, args.place, args.data, args.jobs, args.iterations)
+    held = studies.read_results(args.out or HERE)
+    print(best_table(held))
+    for place in dict.fromkeys(r["place"] for r in held):
+        print(f"\n{place}\n\n{grid_table(held, place)}")
 
 
 if __name__ == "__main__":
