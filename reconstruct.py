@@ -102,6 +102,8 @@ class ReconstructionConfig:
         need("start", lambda value: value in ("weights", "outputs"), "weights or outputs")
         need("setting", lambda value: value in ("B", "Q"), "B or Q")
         need("input_drop", lambda value: 0 <= value <= 1, "a probability from 0 to 1")
+        need("channel_dim", lambda value: value is None or type(value) is int and value != 0,
+             "an integer other than 0, which is the dim of the inputs,")
         for name in ("p", "lr", "s1_lr", "reg_weight", "step_lr"):
             need(name, positive, "a positive number")
         need("iterations", whole(1), "an integer from 1 to 2^32 - 1")
@@ -451,9 +453,10 @@ def check_network(blocks, calibration: Tensor, config: ReconstructionConfig, ski
         raise ValueError("within torch.inference_mode() nothing can be learned: leave it first")
     model = nn.ModuleList(blocks)
     modules = dict(model.named_modules())                            # a module is named only once
+    known = [name for name, m in modules.items() if isinstance(m, nn.Linear | nn.Conv2d)]
     for name in skip:
-        if name not in modules:
-            raise ValueError(f"skip names {name!r}: the modules are {list(modules)[1:]}")
+        if name not in known:
+            raise ValueError(f"skip names {name!r}: the layers are {known}")
     layers = quantizable_layers(model, skip)
     if not layers:
         raise ValueError("nothing to quantize: no block has an nn.Linear or an nn.Conv2d")
@@ -463,9 +466,9 @@ def check_network(blocks, calibration: Tensor, config: ReconstructionConfig, ski
     last = max(int(name.partition(".")[0]) for name in layers)       # nothing behind it is run
     for i, block in enumerate(blocks[:last + 1]):
         own = []
-        for name in quantizable_layers(block):
+        for name, module in block.named_modules():
             full_name = f"{i}.{name}".rstrip(".")                    # a bare layer's name is ''
-            if full_name not in modules:
+            if isinstance(module, nn.Linear | nn.Conv2d) and full_name not in modules:
                 raise ValueError(f"layer {name!r} of block {i} is in an earlier block as well")
             if full_name in layers:
                 own.append(name)
@@ -486,7 +489,8 @@ def check_block(block: nn.Module, x: Tensor, index: int, learned: list[str]) -> 
                              "for one input a finite tensor with one row is needed")
         both = block(x.clone())
         again = block(x[:1].clone())
-    noise = torch.finfo(y.dtype).eps ** 0.5 * y.abs().max()          # kernels depend on the shape
+    eps = torch.finfo(y.dtype).eps if y.is_floating_point() else 0.0
+    noise = eps ** 0.5 * y.abs().max()                               # kernels depend on the shape
     alike = both.shape[:1] == x.shape[:1] and (both[:1] - y).abs().max() <= noise
     if not alike or (again - y).abs().max() > noise:
         raise ValueError(f"block {index} returns something else for an input when another one is "
@@ -505,11 +509,14 @@ def check_block(block: nn.Module, x: Tensor, index: int, learned: list[str]) -> 
     return both
 
 
-def warn_of_float_weights(blocks, layers: dict[str, nn.Module]) -> None:
+def warn_of_float_weights(blocks, skip=()) -> None:
     """Warn of weights that stay float, where somebody might expect otherwise: batch norm, and what
-    is neither a layer that we quantize nor an embedding, if it is more than 3 % of the weights."""
+    is neither a layer that we quantize or skip nor an embedding, if it is more than 3 % of the
+    weights."""
     model = nn.ModuleList(blocks)
-    known = {id(layer.weight) for layer in layers.values()}
+    known = {id(layer.weight) for layer in quantizable_layers(model, skip).values()}
+    for name in skip:
+        known.update(map(id, model.get_submodule(name).parameters()))
     norms = []
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding | nn.EmbeddingBag):
@@ -530,6 +537,8 @@ def warn_of_float_weights(blocks, layers: dict[str, nn.Module]) -> None:
 
 def warn_of_end_bits(blocks, bits: list[dict[str, int]], config: ReconstructionConfig) -> None:
     """Warn where end_bits go to no layer, or to all layers."""
+    if config.end_bits is None:
+        return
     for i in (0, len(blocks) - 1):
         if not list(blocks[i].parameters()):
             warnings.warn(f"end_bits skips block {i}, no weight: join it to one", stacklevel=3)
@@ -559,8 +568,9 @@ def place_quantizers(block: nn.Module, x_q: Tensor, x_fp: Tensor, config: Recons
         drop = QDROP if config.joint else 0.0
         flexround.quantize_inputs(block, next(batches), abits, config.symmetric, config.p, drop,
                                   batches)
+        block.eval()                                                 # new steps drop nothing yet
     if bits:                                                         # round to nearest so far
-        skip = set(quantizable_layers(block)) - set(bits)
+        skip = {name for name, _ in block.named_modules() if name not in bits}
         flexround.quantize_layers(block, config, bits, skip, x_fp[:START_INPUTS].to(device))
 
 
@@ -666,7 +676,7 @@ def quantize_model(blocks, calibration: Tensor, config: ReconstructionConfig, sh
         flexround.fold(nn.ModuleList(floats), keep=False)
 
     check_network(floats, calibration, config, skip)
-    warn_of_float_weights(floats, quantizable_layers(nn.ModuleList(floats), skip))
+    warn_of_float_weights(floats, skip)
     nothing = [{} for _ in blocks]
     bits = bits_of_layers(floats, config.bits, config.end_bits, skip)
     abits = nothing
@@ -691,14 +701,20 @@ def leave_out_done(blocks, bits: list, abits: list, config: ReconstructionConfig
     """Empty what an interrupted call has learned already in bits and abits, so that it is only run.
     ValueError: quantizers that no call with this config has learned."""
     done = []
+    grid = (METHODS[config.method], config.symmetric, config.per_channel)
     for i, block in enumerate(blocks):
         own, rounded = quantizers(block), input_quantizers(block)
         if not own and not rounded:
             continue
-        kinds = {type(q) for q in own.values()}
-        fresh = any(p.requires_grad for q in own.values() for p in q.parameters())
-        if kinds != {METHODS[config.method]} or bits_in_place(own) != bits[i] or fresh or \
-                (rounded and config.abits is None):
+        as_asked = bits_in_place(own) == bits[i]
+        for q in own.values():
+            as_asked &= (type(q), q.symmetric, q.per_channel) == grid
+            as_asked &= not any(p.requires_grad for p in q.parameters())     # it was learned
+        for name, b in bits_in_place(rounded).items():
+            as_asked &= abits[i].get(name) == b
+        if config.joint and not rounded:                             # learned without its steps
+            as_asked = False
+        if not as_asked:
             raise ValueError(f"block {i} is quantized already, and not as config says: give a "
                              "float network (flexround.fold(block, keep=False) makes it one)")
         bits[i] = {}
