@@ -49,12 +49,8 @@ def read_into(net: Blocks, saved: dict[str, Tensor], prefixes: list[str], path) 
     for i, (prefix, block) in enumerate(zip(prefixes, net.blocks, strict=True)):
         for key in block.state_dict():
             ours[prefix + key] = f"blocks.{i}.{key}"
-    state = {}
-    for key, t in net.state_dict().items():
-        if key.endswith("num_batches_tracked"):                      # old files lack these counts
-            state[key] = t
-    for key, t in saved.items():
-        state[ours.get(key, key)] = t
+    # Old files lack the counts of batch norms' batches, and torch sets those to 0.
+    state = {ours.get(key, key): t for key, t in saved.items()}
     try:
         net.load_state_dict(state)
     except RuntimeError as error:
