@@ -462,17 +462,17 @@ def check_network(blocks, calibration: Tensor, config: ReconstructionConfig, ski
         raise ValueError("nothing to quantize: no block has an nn.Linear or an nn.Conv2d")
     for name, layer in layers.items():
         flexround.check_weight(layer.weight, f"layer {name!r}: W")
-    x = calibration[:2].to(device_of(blocks))
-    last = max(int(name.partition(".")[0]) for name in layers)       # nothing behind it is run
-    for i, block in enumerate(blocks[:last + 1]):
-        own = []
+    for i, block in enumerate(blocks):
         for name, module in block.named_modules():
             full_name = f"{i}.{name}".rstrip(".")                    # a bare layer's name is ''
-            if isinstance(module, nn.Linear | nn.Conv2d) and full_name not in modules:
+            if module in layers.values() and full_name not in layers:
                 raise ValueError(f"layer {name!r} of block {i} is in an earlier block as well")
-            if full_name in layers:
-                own.append(name)
-        x = check_block(copy.deepcopy(block).eval(), x, i, own if config.method != "rtn" else [])
+    learned = bits_of_layers(blocks, config.bits, None, skip)
+    last = max(i for i, own in enumerate(learned) if own)            # nothing behind it is run
+    x = calibration[:2].to(device_of(blocks))
+    for i, block in enumerate(blocks[:last + 1]):
+        own = list(learned[i]) if config.method != "rtn" else []
+        x = check_block(copy.deepcopy(block).eval(), x, i, own)
 
 
 def check_block(block: nn.Module, x: Tensor, index: int, learned: list[str]) -> Tensor:
@@ -543,9 +543,11 @@ def warn_of_end_bits(blocks, bits: list[dict[str, int]], config: ReconstructionC
         if not list(blocks[i].parameters()):
             warnings.warn(f"end_bits skips block {i}, no weight: join it to one", stacklevel=3)
     used = set().union(*(layers.values() for layers in bits))
-    if used == {config.end_bits} != {config.bits}:
-        warnings.warn(f"no layer is left at bits = {config.bits}: {bits}. end_bits = None makes no "
-                      "exception of the first and the last", stacklevel=3)
+    for name in ("bits", "abits"):
+        asked = getattr(config, name)
+        if used == {config.end_bits} and asked not in (None, config.end_bits):
+            warnings.warn(f"no layer is left at {name} = {asked}: {bits}. end_bits = None makes no "
+                          "exception of the first and the last", stacklevel=3)
 
 
 @torch.no_grad()

@@ -168,6 +168,65 @@ def test_each_channel_is_searched_on_its_own_and_in_any_unit():
             assert torch.equal(a[1], b[1])
 
 
+def layer_for(kind, dtype=torch.float64):
+    """A layer whose first output channel is large, and (n, ...) inputs that reach each weight
+    alone: behind them an error of a weight is an error of an output."""
+    torch.manual_seed(0)
+    layer = {"linear": lambda: nn.Linear(5, 6), "conv": lambda: nn.Conv2d(3, 4, 3),
+             "depthwise": lambda: nn.Conv2d(6, 6, 3, groups=6)}[kind]().to(dtype)
+    with torch.no_grad():
+        layer.weight.copy_(weight(layer.weight.shape, dtype=dtype))
+        layer.weight[0] *= 6
+    shape = {"linear": (5,), "conv": (3, 3, 3), "depthwise": (6, 3, 3)}[kind]
+    n = int(np.prod(shape))
+    return layer, torch.eye(n, dtype=dtype).view(n, *shape)
+
+
+over_kinds = pytest.mark.parametrize("kind", ["linear", "conv", "depthwise"])
+over_grids = pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
+over_channels = pytest.mark.parametrize("per_channel", [False, True], ids=["tensor", "channel"])
+
+
+@over_kinds
+@over_grids
+@over_channels
+def test_a_start_on_outputs_is_close_to_the_best(kind, symmetric, per_channel):
+    """A plain sweep of 400 steps judges the search again, now by what the layer computes."""
+    def error(s1, z):
+        s1, z = (torch.as_tensor(t).reshape(-1, *[1] * (W.dim() - 1)) for t in (s1, z))
+        lo, hi = (-4, 3) if symmetric else (0, 7)
+        with torch.no_grad():
+            twin.weight.copy_(s1 * ((W / s1).round().clamp(lo - z, hi - z)))
+            off = sum((twin(x) - layer(x)).square().transpose(0, 1).flatten(1).sum(1) for x in xs)
+        return (off if per_channel else off.sum(0, keepdim=True)).numpy()
+
+    layer, alone = layer_for(kind)
+    W, twin = layer.weight.detach(), copy.deepcopy(layer)
+    xs = [correlated(9, *alone.shape[1:]).double(), correlated(40, *alone.shape[1:]).double() + 1]
+    found = [t.exp() if t.is_floating_point() else t for t in
+             flexround.search_outputs(layer, xs, 3, symmetric, per_channel)]
+    q = RoundToNearest(W, 3, symmetric, per_channel)
+    assert found[0].shape == q.s1.shape and found[1].dtype == torch.int32
+    _, widest, z_widest = min_max(W, 3, symmetric, per_channel)
+    best = np.min([error(widest * f, z_widest) for f in np.linspace(0.02, 1, 400)], axis=0)
+    ratio = error(*found) / best
+    assert np.median(ratio) <= 1.1 and ratio.max() <= 1.5            # spiky with 9 weights
+    if kind != "linear":                                             # the start on weights
+        assert error(*found).sum() < 0.9 * error(q.s1, q.zero_point).sum()
+
+
+@over_kinds
+@over_grids
+@over_channels
+def test_a_start_on_outputs_is_that_on_weights_where_each_input_reaches_one_weight(
+        kind, symmetric, per_channel):
+    """White inputs tell nothing of which weights matter, so that both searches have to agree."""
+    layer, x = layer_for(kind)
+    ours = flexround.search_outputs(layer, [x], 3, symmetric, per_channel)
+    theirs = flexround.search_range(layer.weight, 3, symmetric, per_channel, p=2.0)
+    torch.testing.assert_close(ours, theirs)
+
+
 # ---- 2. The four rules ---------------------------------------------------------------------------
 
 @over_methods
@@ -546,6 +605,34 @@ def test_names_bits_and_what_is_skipped():
     assert [n for n, _ in q.named_parameters()] == ["log_S2"]
 
 
+def test_a_start_on_outputs_needs_inputs_and_a_layer_that_is_called():
+    """An expert that gets no inputs has no outputs, so that its start is the one on weights."""
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.twice, self.idle, self.empty = (nn.Linear(4, 4) for _ in range(3))
+
+        def forward(self, x):
+            x = self.twice(self.twice(x.relu_()))
+            return torch.cat([x, self.empty(x[:0])])
+
+    torch.manual_seed(0)
+    block, x = Experts(), correlated(32, 4)
+    kept, first = x.clone(), x.relu()
+    config = ReconstructionConfig(bits=3, start="outputs")
+    with pytest.raises(ValueError, match="start = 'outputs' needs x"):
+        quantize_layers(block, config)
+    calls = [first, block.twice(first).detach()]
+    grids = {name: flexround.search_range(layer.weight, 3) for name, layer in
+             block.named_children()}
+    on_weights = grids["twice"][0]
+    grids["twice"] = flexround.search_outputs(block.twice, calls, 3)
+    assert grids["twice"][0] != on_weights
+    for name, q in quantize_layers(block, config, x=x).items():
+        assert torch.equal(q.log_s1, grids[name][0])
+    assert torch.equal(x, kept)                                      # the block works in place
+
+
 # ---- 5. The loop: one block ----------------------------------------------------------------------
 
 RATES = {"rtn": None, "adaround": 0.03, "adaquant": 0.003, "flexround": 0.003}     # for this block
@@ -568,12 +655,30 @@ def prepared(method="flexround", bits=3, x=None, **settings):
 
 def test_the_reduction_of_the_loss():
     """We work out the reduction for each shape, because the paper does not state it."""
-    for shape, channels, rest in (((2, 3, 4, 5), 3, 40), ((2, 7, 3), 3, 14), ((6, 3), 3, 6)):
+    for shape, dim, channels, rest in (
+            ((2, 3, 4, 5), None, 1, 40), ((2, 7, 3), None, 2, 14), ((6, 3), None, 1, 6),
+            ((2, 4, 5, 3), 3, 3, 40), ((2, 4, 5, 3), -1, 3, 40), ((2, 3, 7), 1, 1, 14)):
         y = torch.zeros(shape)
-        assert float(reconstruct.block_loss(y, y + 2)) == 4 * channels
-        (y[1, :, 2, 3] if len(shape) == 4 else y[1, 2] if len(shape) == 3 else y[1]).copy_(
-            torch.tensor([1.0, 2.0, 3.0]))
-        assert float(reconstruct.block_loss(y, 0 * y)) == pytest.approx(14 / rest)
+        assert float(block_loss(y, y + 2, dim)) == 4 * 3             # 3 channels
+        y.movedim(channels, -1)[(1,) * (y.dim() - 1)] = torch.tensor([1.0, 2.0, 3.0])
+        assert float(block_loss(y, 0 * y, dim)) == pytest.approx(14 / rest)
+    y = torch.tensor([1.0, 2.0, 3.0])                                # 3 inputs, no channels
+    assert float(block_loss(y, 0 * y)) == pytest.approx(14 / 3)
+
+
+def test_the_channels_that_are_asked_for_are_those_that_are_used():
+    """Only the user knows that (N, C, L) has its channels in the middle."""
+    reports = []
+    for dim in (None, 1):                                            # 4 and 5 channels
+        torch.manual_seed(0)
+        layer, x = nn.Linear(4, 4), torch.randn(16, 5, 4)
+        y = layer(x).detach()
+        config = ReconstructionConfig(iterations=4, batch_size=8, channel_dim=dim)
+        quantize_layers(layer, config)
+        reports.append(reconstruct_block(layer, x, y, config))
+    last, middle = reports
+    assert middle.start_loss == pytest.approx(last.start_loss * 5 / 4)
+    assert middle.history[0] == pytest.approx(last.history[0] * 5 / 4)
 
 
 @over_learned
@@ -1000,6 +1105,98 @@ def test_after_a_failure_the_block_is_float_and_earlier_ones_quantized():
     with pytest.raises(FloatingPointError, match="block 1"):         # in setting Q: nothing drops
         quantize_model([first, second], x, replace(config, abits=4, setting="Q"))
     assert [q.drop for q in input_quantizers(first).values()] == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("settings, stop, rest", [
+    ({}, 3, [2, 3]), ({"method": "adaround", "start": "outputs", "input_drop": 0.5}, 2, [1, 2, 3]),
+    ({"abits": 4, "step_lr": 0.02}, 3, [2, 3, 0, 1, 2, 3]), ({"abits": 4, "step_lr": 0.02}, 7,
+    [2, 3]), ({"abits": 4, "setting": "Q", "start": "outputs"}, 3, [2, 3])], ids=str)
+def test_an_interrupted_call_goes_on_with_the_same_digits(settings, stop, rest, monkeypatch):
+    """Hours of work must survive Control-C. B is stopped in its first and in its second pass."""
+    learn, calls = reconstruct.reconstruct_block, []
+
+    def interrupt(iteration, loss):
+        raise KeyboardInterrupt
+
+    def learn_until(*args):
+        calls.append(args[5])                                        # the index
+        return learn(*args[:6], interrupt if len(calls) == stop else args[6])
+
+    net, x, _ = tiny("resnet conv")
+    config, whole = replace(QUICK, **settings), copy.deepcopy(net)
+    quantize_model(whole.blocks, x, config)
+    monkeypatch.setattr(reconstruct, "reconstruct_block", learn_until)
+    with pytest.raises(KeyboardInterrupt):
+        quantize_model(net.blocks, x, config)
+    torch.manual_seed(99)                                            # nothing depends on it
+    with pytest.warns(UserWarning, match=r"blocks \[0.*\] are quantized already: we keep them"):
+        reports = quantize_model(net.blocks, x, config)
+    assert [r.index for r in reports] == calls[stop:] == rest
+    assert equal_states(net.state_dict(), whole.state_dict())
+
+
+@pytest.mark.parametrize("settings", [
+    {"bits": 4}, {"method": "adaround"}, {"symmetric": False}, {"per_channel": True},
+    {"end_bits": None}, {"abits": 4, "setting": "Q"}], ids=str)
+def test_a_network_that_is_quantized_otherwise_is_refused(settings):
+    """Only what this very call would have learned may stay, or the result is nobody's."""
+    net, x, _ = tiny("resnet conv")
+    quantize_model(net.blocks, x, replace(QUICK, iterations=1))
+    before = copy.deepcopy(net.state_dict())
+    with pytest.raises(ValueError, match="block 0 is quantized already, and not as config says|"
+                                         "block 1 is quantized already, and not as config says"):
+        quantize_model(net.blocks, x, replace(QUICK, **settings))
+    assert equal_states(net.state_dict(), before)
+    by_hand = nn.Sequential(nn.Linear(4, 4))                         # placed and not learned
+    quantize_layers(by_hand, ReconstructionConfig(bits=8))
+    with pytest.raises(ValueError, match="block 0 is quantized already"):
+        quantize_model([by_hand, nn.Linear(4, 4)], torch.ones(9, 4), QUICK)
+
+
+def test_a_block_comes_home_when_its_turn_fails():
+    """A GPU that runs out of memory must not leave one block there and the others here."""
+    class Traveller(nn.Sequential):
+        places = ("cpu",)
+
+        def to(self, device):
+            self.places += (str(device),)
+            return self
+
+        def forward(self, x):
+            if self.places[-1] != "cpu":
+                raise RuntimeError("out of memory")
+            return super().forward(x)
+
+    block = Traveller(nn.Linear(4, 4))
+    with pytest.raises(RuntimeError, match="out of memory"):
+        quantize_model([block], torch.ones(9, 4), replace(QUICK, device="meta", end_bits=None))
+    assert block.places[:2] == ("cpu", "meta") and block.places[-1] == "cpu"
+
+
+def test_a_long_block_says_where_it_is_every_ten_seconds(monkeypatch, capsys):
+    """A line a block is none for an hour where the block is large."""
+    now = [0.0]
+    monkeypatch.setattr(reconstruct.time, "perf_counter", lambda: now[0])
+    for show in (True, False):
+        clock = reconstruct.Clock(100, show)
+        for i in range(1, 6):                                        # at 4 s, 8 s, ..., 20 s
+            now[0] += 4
+            clock.iteration(i, 0.5)
+    assert capsys.readouterr().err == "iteration 3, last evaluated loss 0.5 (about 388 s left)\n"
+
+
+def test_a_compiled_layer_is_found_once():
+    """torch.compile's wrapper answers for what it wraps, so that a layer could count twice."""
+    layer = nn.Linear(4, 4)
+    block = torch.compile(layer, backend="eager")                    # nothing is compiled here
+    made = quantize_layers(block, QUICK)
+    assert quantizers(block) == made and list(made) == ["_orig_mod"]
+    W_hat = layer.weight.detach()
+    flexround.quantize_inputs(block, torch.ones(9, 4), {"_orig_mod": 4})
+    assert list(input_quantizers(block)) == ["_orig_mod"]
+    with pytest.warns(UserWarning, match="float inputs again"):
+        fold(block)
+    assert not quantizers(block) and torch.equal(layer.weight, W_hat)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -1491,10 +1688,11 @@ def test_which_inputs_are_seen():
     class Odd(nn.Module):
         def __init__(self):
             super().__init__()
-            self.twice, self.never, self.named = (nn.Linear(3, 3) for _ in range(3))
+            self.twice, self.never, self.named, self.empty = (nn.Linear(3, 3) for _ in range(4))
 
         def forward(self, x):
             y = self.twice(self.named(input=self.twice(x.relu_())) - 2)
+            self.empty(x[:0])                                        # an expert without tokens
             x.zero_()
             return y
 
@@ -1502,12 +1700,28 @@ def test_which_inputs_are_seen():
     block, x = Odd(), 30 * torch.randn(8, 3)
     before, first = x.clone(), x.relu()
     both = torch.cat([first, block.named(block.twice(first)) - 2])
-    with pytest.warns(UserWarning, match=r"not called with a positional.*\['named', 'never'\]"):
-        made = flexround.quantize_inputs(block, x, dict.fromkeys(("twice", "never", "named"), 4))
+    names = ("twice", "never", "named", "empty")
+    with pytest.warns(UserWarning, match=r"positional.*\['empty', 'named', 'never'\]"):
+        made = flexround.quantize_inputs(block, x, dict.fromkeys(names, 4))
     assert torch.equal(x, before) and list(made) == ["twice"] and made["twice"].signed
     assert made["twice"].log_step == flexround.LSQ.of(both, 4).log_step
     with pytest.raises(ValueError, match="'twice': its input is quantized already"):
         flexround.quantize_inputs(block, x, {"twice": 4})
+    with torch.no_grad():                                            # by keyword it stays float
+        y = nn.functional.linear(first, block.twice.weight, block.twice.bias)
+        assert torch.equal(block.twice(input=first), y) and not torch.equal(block.twice(first), y)
+
+
+def test_the_start_of_q_draws_nothing():
+    """New steps drop inputs in train mode, and a start on outputs ran them before learning."""
+    grids = []
+    for seed in (1, 2):
+        net, x, _ = tiny("resnet conv")
+        torch.manual_seed(seed)
+        quantize_model(net.blocks, x, replace(QUICK, abits=4, setting="Q", start="outputs",
+                                              learn_s1=False))
+        grids.append([q.log_s1.tolist() for q in quantizers(net).values()])
+    assert grids[0] == grids[1]
 
 
 def test_a_sign_is_seen_on_all_calibration_inputs():
@@ -1589,8 +1803,8 @@ def test_steps_and_hooks_come_and_go_with_their_layer():
         for q in input_quantizers(other).values():
             q.log_step += 1
     assert torch.equal(net(x), y) and not torch.equal(other(x), y)
-    for abits in (None, 4):                                          # twice rounded is no method's
-        with pytest.raises(ValueError, match="'0.conv1'.* are quantized already"):
+    for abits in (None, 8):                                          # twice rounded is no method's
+        with pytest.raises(ValueError, match="block . is quantized already, and not as config"):
             quantize_model(net.blocks, x, replace(QUICK, abits=abits))
     assert torch.equal(net(x), y)
     other.blocks[1].conv1.register_forward_pre_hook(mine := lambda layer, args: None)
@@ -1630,7 +1844,9 @@ def test_a_weight_that_cannot_be_quantized():
             (good, {"bits": 1}, "from 2 to 8"), (good, {"p": -1}, "p = -1"),
             (torch.ones(3), {}, r"shape \(3,\)"), (torch.ones(3, 3, 3), {}, r"\(3, 3, 3\)"),
             (torch.ones(0, 3), {}, r"\(0, 3\)"), (torch.ones(3, 3).char(), {}, "int8"),
-            (good / 0, {}, "infinity"), (good * np.nan, {}, "NaN")):
+            (good / 0, {}, "infinity"), (good * np.nan, {}, "NaN"),
+            (good.bfloat16(), {}, r"torch.bfloat16: float32 or float64 .* use .float\(\)"),
+            (good.half(), {}, r"torch.float16: float32 or float64 .* use .float\(\)")):
         for method in ("rtn", *LEARNED):
             with pytest.raises(ValueError, match=message):
                 flexround.METHODS[method](W, **{"bits": 4, **settings})
@@ -1648,6 +1864,7 @@ def test_layers_that_cannot_be_quantized_leave_the_block_unchanged():
     prune.identity(pruned[2], "weight")
     own = parametrize.register_parametrization(nn.Linear(2, 2), "weight", nn.Identity())
     for net, bits, message in (
+            (make().bfloat16(), None, r"layer '0': W is in torch.bfloat16: .* use .float\(\)"),
             (make(), {"7": 4}, r"layer_bits names '7': the layers are \['0', '2'\]"),
             (make(), {"1": 4}, "layer_bits names '1'"), (make(), {"2": 12}, "bits = 12"),
             (broken, None, "W holds NaN"), (shared, None, "layers '0' and '2' share one weight"),
@@ -1672,20 +1889,131 @@ def test_networks_and_calibration_are_refused_before_any_work():
     quantize_layers(quantized, QUICK)
     for blocks, x_in, message in (
             ([nn.ReLU()], x, "nothing to quantize"), ([], x, "nothing to quantize"),
-            ([a, nn.Sequential(nn.ReLU(), a)], x, "stands in an earlier block"),
+            ([a, nn.Sequential(nn.ReLU(), a)], x, "'1' of block 1 is in an earlier block as well"),
             ([a, twin], x, "'0' and '1' share one weight"),
             ([a, nn.Linear(5, 4)], x, "shapes cannot be multiplied"),
-            ([a, Pair(4, 4)], x, "block 1 returns "), ([a, broken], x, "block 1 returns "),
-            ([a, quantized], x, "layer '1' has a parametrization"),
-            ([a, b, nn.Linear(4, 4)], x, "layer_bits names '1.conv9'"),
+            ([a, Pair(4, 4)], x, "block 1 returns "), ([a, broken], x, "layer '1': W holds NaN"),
+            ([a, quantized], x, "block 1 is quantized already, and not as config says"),
             ([a], nan, "calibration .*holds NaN or infinity"),
             ([a], nan / 0, "calibration .*holds NaN or infinity"),
-            ([a], x[:0], "calibration .*is empty")):
-        own = replace(QUICK, end_bits=None, layer_bits={"1.conv9": 4} if len(blocks) == 3 else {})
+            ([a], x[:0], "calibration .*is empty"),
+            ([a], x.tolist(), "calibration is a list: one Tensor"),
+            ([a], (x, x), "calibration is a tuple: one Tensor"),
+            ([a], x.numpy(), "calibration is a ndarray: one Tensor")):
         with pytest.raises((ValueError, RuntimeError), match=message):
-            quantize_model(blocks, x_in, own)
+            quantize_model(blocks, x_in, replace(QUICK, end_bits=None))
         assert not any(quantizers(block) for block in blocks if block is not quantized)
         assert all(block.training for block in blocks)
+
+
+class Wrapped(nn.Module):
+    """A block of one linear layer, which does something around it."""
+
+    def __init__(self, forward, features=4):
+        super().__init__()
+        self.layer, self.call, self.last = nn.Linear(features, 4), forward, torch.zeros(4)
+
+    def forward(self, x):
+        return self.call(self, x)
+
+
+def without_gradient(self, x):
+    with torch.no_grad():
+        return self.layer(x)
+
+
+def remembers(self, x):
+    y = self.layer(x) + self.last
+    self.last = y[-1].detach()
+    return y
+
+
+def test_what_would_go_wrong_in_the_last_block_is_found_before_the_first(monkeypatch):
+    """After an hour at the earlier blocks torch's message would name neither block nor layer."""
+    def reduced(dtype):
+        layer = nn.Linear(4, 4)
+        layer.weight = nn.Parameter(layer.weight.detach().to(dtype), requires_grad=False)
+        return layer
+
+    monkeypatch.setattr(reconstruct, "reconstruct_block", lambda *args: pytest.fail("too late"))
+    broken, empty = nn.Linear(4, 4), nn.Linear(4, 4)
+    nn.init.constant_(broken.weight, np.nan)
+    empty.weight = nn.Parameter(torch.empty(0, 4))
+    stateful = Wrapped(remembers)
+    no_gradient = r"block 1: no gradient reaches its weights \['layer'\]"
+    for block, message in (
+            (nn.Sequential(broken), "layer '1.0': W holds NaN"),
+            (empty, r"layer '1': W is .* shape \(0, 4\).* not empty"),
+            (reduced(torch.float8_e4m3fn), "layer '1': W is in torch.float8"),
+            (reduced(torch.bfloat16), r"layer '1': W is in torch.bfloat16.* use .float\(\)"),
+            (Wrapped(without_gradient), no_gradient),
+            (Wrapped(lambda self, x: self.layer(x).detach()), no_gradient),
+            (Wrapped(lambda self, x: self.layer(x) if self.training else x), no_gradient),
+            (Wrapped(lambda self, x: self.layer(x) - x.mean(0)), "block 1 .* row by row"),
+            (Wrapped(lambda self, x: self.layer(x)[:1]), "block 1 .* row by row"),
+            (nn.TransformerEncoderLayer(4, 2, 8), "block 1 .*batch first.* row by row"),
+            (stateful, "block 1 .* was there before it")):
+        first = nn.Linear(4, 4)
+        with pytest.raises(ValueError, match=message):
+            quantize_model([first, block], torch.randn(9, 5, 4), QUICK)
+        assert type(first) is nn.Linear and not quantizers(block)
+    assert not stateful.last.any()                                   # we looked at a copy
+    with torch.inference_mode(), pytest.raises(ValueError, match=r"within torch.inference_mode"):
+        quantize_model([nn.Linear(4, 4)], torch.ones(9, 4), QUICK)
+
+
+def test_what_a_block_may_do():
+    """A check that refuses what would work costs a user more than one that is missing."""
+    torch.manual_seed(0)
+    x, own = torch.randn(16, 5, 4), replace(QUICK, end_bits=None)
+    attention = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)
+    tokens = nn.Flatten(1)                                           # integers in, integers out
+    words = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 4))
+    scores = Wrapped(lambda self, x: self.layer(x)[:, 0, 0])         # (N,)
+    for blocks, inputs, method, indices in (
+            ([attention], x, "flexround", [0]), ([tokens, words], x[..., 0].abs().long(), "rtn", [1]),
+            ([scores, nn.Softmax(0)], x, "flexround", [0]),          # nothing is behind scores
+            ([Wrapped(without_gradient)], x, "rtn", [0])):           # it learns nothing
+        with warnings.catch_warnings():                              # attention is not all nn.Linear
+            warnings.simplefilter("ignore")
+            reports = quantize_model(blocks, inputs, replace(own, method=method))
+        assert [r.index for r in reports] == indices
+
+
+def test_what_skip_names_stays_float_and_is_not_warned_of():
+    """Who names a layer knows of it. A module that holds layers would be skipped in part only."""
+    torch.manual_seed(0)
+    x = torch.randn(16, 4)
+    normed = nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))
+    block = nn.Sequential(normed, nn.ReLU(), nn.Linear(4, 4), nn.Linear(4, 4))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        own = replace(QUICK, end_bits=None)
+        reports = quantize_model([block], x, own, skip=("0.0", "0.3"))
+    assert [r.bits for r in reports] == [{"2": 3}] and list(quantizers(block)) == ["2"]
+    for wrong in ("0", "0.1", "0.9", "1"):
+        with pytest.raises(ValueError, match=f"skip names '{wrong}': the layers are .*'0.2'"):
+            quantize_model([nn.Sequential(*map(copy.deepcopy, block))], x, QUICK, skip=(wrong,))
+
+
+def test_weights_that_stay_float_are_one_line_with_their_share():
+    """transformers fuses experts in one Parameter, and who sees only the router warned is misled"""
+    class Fused(nn.Module):
+        def __init__(self, *shape):
+            super().__init__()
+            self.fused, self.layer = nn.Parameter(torch.randn(shape) / 9), nn.Linear(32, 32)
+
+        def forward(self, x):
+            return self.layer(x) + self.fused.sum(0)
+
+    x, own = torch.randn(16, 5, 32), replace(QUICK, iterations=1, end_bits=None)
+    with pytest.warns(UserWarning) as said:
+        quantize_model([Fused(16, 5, 32), Fused(2, 5, 32)], x, own)
+    found, = (str(warning.message) for warning in said)
+    assert found.startswith("58% of the parameters stay float, the largest is 0.fused")
+    with warnings.catch_warnings():                                  # as a ViT's positions
+        warnings.simplefilter("error")
+        quantize_model([Fused(1, 32)], x, own)
 
 
 def test_bad_inputs_of_one_block():
@@ -1704,12 +2032,14 @@ def test_bad_inputs_of_one_block():
 def test_what_is_not_done_as_asked_is_said():
     """A warning is due where a network gets something else than its user may think."""
     conv = nn.Sequential(nn.Linear(4, 4), nn.Conv1d(1, 1, 1))
+    norm = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(1))
     for blocks, settings, message in (
             ([nn.Linear(4, 4)], {"batch_size": 100}, "batch_size = 100, but there are only 9"),
-            ([conv], {"end_bits": None}, r"stay float: \['0.1 \(Conv1d\)'\]"),
-            ([nn.Linear(4, 4)], {}, "no layer is left at bits = 3: .*'0': 8"),
-            ([nn.Linear(4, 4), nn.Softmax(2)], {}, r"end_bits skips block \[1\], no weight"),
-            ([nn.Linear(4, 4)], {"bits": 8, "abits": 4}, "no layer is left at abits = 4: .*'0'")):
+            ([conv], {"end_bits": None}, "5% of the .* stay float, the largest is 0.1.weight"),
+            ([norm], {"end_bits": None}, r"batch norm stays float: \['0.1'\]. Fold it first"),
+            ([nn.Linear(4, 4)], {}, r"no layer is left at bits = 3: \[\{'': 8\}\]"),
+            ([nn.Linear(4, 4), nn.Softmax(2)], {}, "end_bits skips block 1, no weight"),
+            ([nn.Linear(4, 4)], {"bits": 8, "abits": 4}, "no layer is left at abits = 4")):
         with pytest.warns(UserWarning) as said:
             quantize_model(blocks, torch.randn(9, 1, 4), replace(QUICK, **settings))
         assert any(re.search(message, str(warning.message)) for warning in said)
