@@ -107,7 +107,7 @@ COPIED = {"adaround": [{"lr": 0.3, "reg_weight": 0.1}], "adaquant": [{"lr": 1e-3
           "flexround": [{"lr": 1.6e-2, "s1_lr": 1.6e-2}]}
 
 STUDIES = {
-    "first": grid("resnet mobilenet gpt", RTN | THREE, iterations=250, **OUTPUTS),
+    "first": grid("resnet mobilenet gpt", RTN | THREE, [2], iterations=250, **OUTPUTS),
     # Three candidates a method, from the search by blocks, on whole networks. Not the test split.
     "choice": grid("resnet mobilenet gpt", CANDIDATES, [2], (0,), split="train", iterations=250,
                    **OUTPUTS),

@@ -4,6 +4,7 @@ import copy
 import importlib
 import json
 import re
+from collections import Counter
 from dataclasses import asdict, replace
 from pathlib import Path
 from unittest import mock
@@ -17,7 +18,7 @@ from torch.nn.utils.parametrizations import weight_norm
 
 import flexround
 import models
-from experiments import gpu, notebook, pretrained, studies, timing, tools, train
+from experiments import gpu, knobs, pretrained, studies, timing, tools, train
 from experiments.integers import (
     integer_forward,
     load_quantized,
@@ -39,9 +40,9 @@ from reconstruct import ReconstructionConfig, make_iteration, quantize_model, re
 from test_flexround import NETWORKS, QUICK, correlated, equal_states, prepared, tiny
 
 HERE = Path(__file__).parent
-README = HERE / "README.md"
+RESULTS = HERE / "RESULTS.md"
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-COMMITTED = [r for path in studies.COMMITTED for r in studies.read_results(path)]
+COMMITTED = studies.read_results(studies.COMMITTED)
 
 
 def relative(ours, theirs):
@@ -53,7 +54,7 @@ def relative(ours, theirs):
 def test_the_readmes_tables_are_the_files():
     """A table that is not drawn from its runs is no evidence, and no study may be left out."""
     mark = r"<!-- study: ([\w-]+) -->\n(.*?)\n\n(?!\|)"
-    marked = dict(re.findall(mark, README.read_text(), re.S))
+    marked = dict(re.findall(mark, RESULTS.read_text(), re.S))
     assert set(marked) == {r["study"] for r in COMMITTED}
     for study, shown in marked.items():
         assert shown == studies.shown([r for r in COMMITTED if r["study"] == study]), study
@@ -72,8 +73,9 @@ def test_the_studies_are_the_files_runs():
 def test_a_study_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
     """Studies take hours: what a file holds must not be made again, nor be passed off as new."""
     out = tmp_path / "mine.jsonl"
-    runs = studies.grid("resnet", {"rtn": [None], "flexround": [8e-3]}, [3], [0], iterations=2)
-    diverges = studies.grid("resnet", {"flexround": [1e30]}, [3], [0], iterations=2)
+    methods = {"rtn": [{}], "flexround": [{"lr": 8e-3}]}
+    runs = studies.grid("resnet", methods, [3], [0], iterations=2)
+    diverges = studies.grid("resnet", {"flexround": [{"lr": 1e30}]}, [3], [0], iterations=2)
     monkeypatch.setitem(studies.STUDIES, "tiny", diverges + runs)
     studies.main(["tiny", "--out", str(out)])
     said, errors = capsys.readouterr()
@@ -85,7 +87,7 @@ def test_a_study_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
         assert r["losses"]["calibration"][-1] == pytest.approx(r["loss"], rel=1e-3)
         assert r["losses"]["unseen"][-1] != pytest.approx(r["loss"], rel=1e-3)
     monkeypatch.setitem(studies.STUDIES, "tiny", runs + studies.grid(
-        "resnet", {"adaquant-steps": [1e-2]}, [3], [0, 1], spreads=[4], sgd=True, iterations=2))
+        "resnet", {"adaquant": [{"lr": 1e-2}]}, [3], [0, 1], spreads=[4], sgd=True, iterations=2))
     studies.main(["tiny", "--out", str(out)])
     said = capsys.readouterr().out
     assert f"taken from {out}: 2 runs of 4" in said and "2 of 2: resnet, channels x 4" in said
@@ -93,23 +95,21 @@ def test_a_study_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
     assert records[:2] == first and len(records) == 4
     assert said.endswith(studies.table(records) + "\n")
     assert {r["config"]["optimizer"] for r in records[2:]} == {"sgd"}
-    assert "| resnet, channels x 4 | W3 |" in said and "V_in_steps True, lr 0.01 |" in said
+    assert "| resnet, channels x 4 | W3 |" in said and "AdaQuant, lr 0.01 |" in said
 
 
 def test_a_run_is_known_by_its_settings():
     """A record of other settings, data or weights must not stand for a run."""
-    run = studies.grid("resnet", {"flexround": [8e-3]}, [3], [0], iterations=250)[0]
+    run = studies.grid("resnet", {"flexround": [{"lr": 8e-3}]}, [3], [0], iterations=250)[0]
     facts = {"study": "s", "network": "resnet", "about": "digits", "samples": 512, "full": 99.0}
     record = {**facts, "config": run.settings}
     assert studies.same_run(record, run, facts)
     for change in ({"study": "t"}, {"network": "m"}, {"about": "d"}, {"samples": 1}, {"full": 98}):
         assert not studies.same_run({**record, **change}, run, facts)
-    for change in ({"bits": 2}, {"lr": 4e-3}, {"optimizer": "sgd"}, {"precision": "bf16"}):
+    for change in ({"bits": 2}, {"lr": 4e-3}, {"optimizer": "sgd"}, {"start": "outputs"}):
         assert not studies.same_run({**record, "config": {**run.settings, **change}}, run, facts)
-    elsewhere = {**record, "config": {**run.settings, "device": "cuda", "cuda_graph": True}}
-    older = {**record, "config": {**run.settings, "method": "adaquant", "V_in_steps": True}}
-    steps = run._replace(config=replace(run.config, method="adaquant-steps"))
-    assert studies.same_run(elsewhere, run, facts) and studies.same_run(older, steps, facts)
+    elsewhere = {**record, "config": {**run.settings, "device": "cuda"}}
+    assert studies.same_run(elsewhere, run, facts)
 
 
 def test_a_line_that_was_cut_off_is_made_again(tmp_path):
@@ -128,17 +128,17 @@ def test_a_line_that_was_cut_off_is_made_again(tmp_path):
 
 def test_the_table_by_hand():
     """The README's tables are only as right as this function."""
-    def run(score, seconds=3, **config):
-        return {"network": "net", "full": 90.0, "score": score, "seconds": seconds,
+    def run(score, kept=1.0, **config):
+        return {"network": "net", "full": 90.0, "score": score, "kept_last": kept,
                 "config": asdict(ReconstructionConfig(**config))}
     base = {"bits": 2, "lr": 0.1}
-    runs = [run(80.0, **base), run(70.0, **base, seed=1), run(75.0, **base, seed=2),
+    runs = [run(80.0, **base), run(70.0, 0.4, **base, seed=1), run(75.0, **base, seed=2),
             run(60.0, **base, end_bits=None), run(50.0, bits=2, method="rtn")]
     assert studies.table(runs).splitlines() == [
         "| network | bits | full precision | FlexRound, lr 0.1 | FlexRound, lr 0.1, end_bits None "
         "| round to nearest |",
         "|---|---|---|---|---|---|",
-        "| net | W2 | 90.00 | 75.00 (70.00 to 80.00; 3 s) | 60.00 (3 s) | 50.00 (3 s) |"]
+        "| net | W2 | 90.00 | 75.00 (70.00 to 80.00; 0.80) | 60.00 (1.00) | 50.00 (1.00) |"]
 
 
 def test_the_other_tables_by_hand():
@@ -151,13 +151,10 @@ def test_the_other_tables_by_hand():
             run("flexround", 0b1001, [1, 1]), run("adaround", 0b0101, [2, 2])]
     assert studies.paired(runs[1:]).splitlines()[2:] == [            # 100, -50, 0 and 0 points
         "| net | W3 | AdaRound | +12.5 ± 61.7 | 1.0 | 0.5 |"]
-    assert studies.unseen_losses(runs).splitlines() == [
-        "| network | bits | iterations | FlexRound, 1 | AdaRound, 1 |", "|---|---|---|---|---|",
-        "| net | W3 | 1000 | 0.25 | 0.50 |"]
 
 
-def test_losses_scores_and_gains_by_hand(monkeypatch):
-    """Whether a loss tells, and how far FlexRound is ahead of the better addition, in one unit."""
+def test_losses_and_scores_by_hand():
+    """Whether a loss tells which method is better is read off these."""
     def run(method, score, calibration, unseen, about="accuracy"):
         return {"study": "s", "network": "net", "about": about, "samples": 8, "score": score,
                 "full": 9, "losses": {"calibration": [calibration], "unseen": [unseen]},
@@ -166,20 +163,15 @@ def test_losses_scores_and_gains_by_hand(monkeypatch):
     assert studies.few_inputs(runs).endswith("| 8 | 50.00 (0.25, 0.75) | 60.00 (0.50, 0.50) |")
     assert studies.ranking(runs).splitlines()[2:] == ["| calibration inputs | 1 | 0 % |",
                                                       "| unseen inputs | 1 | 100 % |"]
-    monkeypatch.setattr(notebook, "GAINS", {"a": ("", ["s"], "net")})
-    assert notebook.gains([*runs, run("adaquant", 55, 0, 0)]) == [("a", 3, 2.0, 5.0, 5.0, 5.0)]
-    texts = [run(m, np.exp(x), 0, 0, "perplexity") for m, x in
-             (("adaround", 1.2), ("adaquant", 1), ("flexround", 0.9))]
-    assert notebook.gains(texts)[0][3] == pytest.approx(10)          # hundredths of a nat
 
 
 @pytest.mark.parametrize("arguments, message", [
-    ("main", "either --table or --out"),
-    (f"main --out {HERE / 'results.jsonl'}", "these runs stay as they are"),
-    ("rates --table", "no runs of rates lie here"),
+    ("first", "either --table or --out"),
+    (f"first --out {HERE / 'runs.jsonl'}", "these runs stay as they are"),
+    ("llama --table", "there are no runs of llama here"),
     ("resnet20 --out x.jsonl", "resnet20 needs the folder"),
     ("mobilenet --out x.jsonl", "cifar-mobilenet needs --data, and --networks"),
-    ("main --out nowhere/x.jsonl", "No such file or directory: 'nowhere/x.jsonl'")])
+    ("first --out nowhere/x.jsonl", "No such file or directory: 'nowhere/x.jsonl'")])
 def test_a_wrong_command_says_what_is_needed(arguments, message, tmp_path, monkeypatch):
     """Whoever mistypes a command should learn what to type, before any work."""
     monkeypatch.chdir(tmp_path)
@@ -187,20 +179,84 @@ def test_a_wrong_command_says_what_is_needed(arguments, message, tmp_path, monke
         studies.main(arguments.split())
 
 
-def test_the_command_line_and_the_readmes_flags(capsys):
-    """A command in the README that does not exist is worse than none."""
-    known, text = {}, README.read_text()
-    for module in (studies, timing, pretrained, gpu):
+def test_the_commands_of_the_pages_and_their_flags(capsys):
+    """A command on a page that does not exist is worse than none."""
+    known = {}
+    for module in (studies, timing, pretrained, gpu, knobs):
         with pytest.raises(SystemExit):
             module.main(["--help"])
         known[module.__name__] = capsys.readouterr().out
+    text = "".join(page.read_text() for page in HERE.glob("*.md"))
     for module, rest in re.findall(r"python -m (experiments\.\w+)([^`\n]*)", text):
         for flag in re.findall(r"--[\w-]+", rest):
             assert flag in known[module], (module, flag)
     for study in studies.STUDIES:
-        assert f"| {study} |" in text, study                         # the index
-    studies.main(["sgd", "--table"])
-    assert "taken from experiments/results.jsonl: 24 runs\n\n| netw" in capsys.readouterr().out
+        assert f"| {study} |" in RESULTS.read_text(), study          # the index
+    studies.main(["first", "--table"])
+    assert "taken from experiments/runs.jsonl: 36 runs\n\n| netw" in capsys.readouterr().out
+
+
+def test_the_search_is_fair_and_its_tables_are_the_files():
+    """A method whose knobs were searched with fewer runs would look worse than it is."""
+    held = studies.read_results(knobs.HERE)
+    count = Counter((r["place"], r["method"], r["part"]) for r in held if r["method"] != "rtn")
+    for place in knobs.PLACES:
+        assert {count[place, method, "grid"] for method in knobs.GRIDS} == {15}, place
+        assert len({count[place, method, "starts"] for method in knobs.GRIDS}) == 1, place
+    text = (HERE / "SEARCHES.md").read_text()
+    assert knobs.best_table(held) in text
+    assert knobs.grid_table(held, "lite0") in text
+
+
+def test_what_is_left_and_the_best_by_hand():
+    """The choice of each method's settings is read off these."""
+    def run(method, settings, unseen, part="grid"):
+        return {"part": part, "place": "lite0", "method": method, "settings": settings,
+                "unseen": unseen}
+    nearest = run("rtn", knobs.STARTS[0], [4.0, 1.0])
+    good, bad = run("adaround", {"lr": 1}, [1.0, 1.0]), run("adaround", {"lr": 2}, [4.0, 4.0])
+    other = run("adaround", {"lr": 3}, [0.1, 0.1], "starts")
+    held = [nearest, bad, good, other]
+    assert knobs.left(good, held) == pytest.approx(0.5)              # sqrt(1/4 * 1)
+    assert knobs.best(held, "lite0", "adaround") is good             # a start is not the grid's
+
+
+def test_equalised_channels_compute_the_same():
+    """Equalisation that changed the network would be another network's score."""
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self._expand_conv, self._bn0 = nn.Conv2d(4, 8, 1), nn.Identity()
+            self._depthwise_conv, self._bn1 = nn.Conv2d(8, 8, 3, groups=8), nn.Identity()
+            self._project_conv, self._swish = nn.Conv2d(8, 4, 1), nn.ReLU6()
+
+        def forward(self, x):
+            x = self._swish(self._bn0(self._expand_conv(x)))
+            return self._project_conv(self._swish(self._bn1(self._depthwise_conv(x))))
+
+    torch.manual_seed(0)
+    net = nn.Sequential(Block())
+    with torch.no_grad():
+        net[0]._expand_conv.weight[0] *= 30                          # one large channel
+    x = 3 * torch.randn(16, 4, 6, 6)
+    before, y = max(tools.inequality(net)), net(x)
+    assert relative(pretrained.equalise(net)(x), y) < 1e-5
+    assert max(tools.inequality(net)) < before / 4
+
+
+@pytest.mark.parametrize("stride, kernel", [((1, 1), 5), ((2, 2), 3), ((2, 2), 5)])
+def test_the_fast_depthwise_convolution_has_torchs_gradients(stride, kernel):
+    torch.manual_seed(0)
+    x = torch.randn(3, 4, 10, 10, dtype=torch.float64, requires_grad=True)
+    W = torch.randn(4, 1, kernel, kernel, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(4, dtype=torch.float64, requires_grad=True)
+    theirs = torch.nn.functional.conv2d(x, W, bias, stride, groups=4)
+    G = torch.randn_like(theirs)
+    ours = pretrained.DepthwiseConv.apply(x, W, bias, stride)
+    assert torch.equal(ours, theirs)
+    for a, b in zip(torch.autograd.grad(ours, (x, W, bias), G),
+                    torch.autograd.grad(theirs, (x, W, bias), G), strict=True):
+        assert relative(a, b) < 1e-12
 
 
 # ---- Training ------------------------------------------------------------------------------------
@@ -603,15 +659,13 @@ def test_a_layer_that_integers_cannot_do_is_refused(layer):
 
 # ---- Tools and timing ----------------------------------------------------------------------------
 
-def test_adaquant_in_grid_steps_and_how_far_weights_move():
+def test_how_far_weights_move():
     """grid_shift counts what V in grid steps adds, so each checks the other."""
     W = torch.linspace(-1, 1, 30).view(6, 5)
-    q, steps = AdaQuant(W, 4), tools.AdaQuantInSteps(W, 4)
+    q = AdaQuant(W, 4)
     with torch.no_grad():
         q.V += 2 * q.s1
-        steps.V += 2
-    torch.testing.assert_close(q(W), steps(W))
-    moved = tools.grid_shift(steps, W)
+    moved = tools.grid_shift(q, W)
     inside = RoundToNearest(W, 4).codes(W) <= 5                      # 5 + 2 is the last code
     assert (moved[inside] == 2).all() and (moved[~inside] < 2).all() and not inside.all()
     q = FlexRound(W, 8).requires_grad_(False)
@@ -641,18 +695,35 @@ def test_an_iteration_is_timed_beside_its_floor():
     assert all(torch.equal(v, before[k]) for k, v in block.state_dict().items())
 
 
+@pytest.mark.parametrize("method", ["adaround", "adaquant", "flexround"])
+def test_the_iteration_that_can_be_recorded_is_the_one_that_learns(method):
+    """Its time would say nothing of ours if it computed something else."""
+    histories = []
+    for make in (make_iteration, timing.recordable_iteration):
+        torch.manual_seed(0)
+        block = models.fold_batchnorm(models.BasicBlock(3, 4).requires_grad_(False))
+        x, config = correlated(32, 3, 6, 6), ReconstructionConfig(method, 3, iterations=20,
+                                                                  batch_size=8, lr=1e-3)
+        y = block(x)
+        quantize_layers(block, config)
+        iterate = make(block, x, y, config)
+        histories.append([float(iterate(i)) for i in range(20)])
+    assert histories[0] == pytest.approx(histories[1], rel=1e-4)
+
+
 @cuda
 @pytest.mark.parametrize("method", ["adaround", "adaquant", "flexround"])
 def test_a_captured_iteration_is_the_eager_one(method):
     """A graph that replayed an old batch or rate would time something else. (Not run yet.)"""
     histories = []
     for record in (None, timing.captured):
+        torch.manual_seed(0)                                         # the same block twice
         block = models.fold_batchnorm(models.BasicBlock(3, 4).requires_grad_(False)).cuda()
         x = correlated(32, 3, 6, 6).cuda()
         config = ReconstructionConfig(method, 3, iterations=50, batch_size=8, lr=1e-12)
         y = block(x)                                                 # lr: a warm-up learns nothing
         quantize_layers(block, config)
-        iterate = make_iteration(block, x, y, config, record=record)
+        iterate = timing.recordable_iteration(block, x, y, config, record)
         histories.append([float(iterate(i)) for i in range(50)])
     assert histories[0] == pytest.approx(histories[1], rel=1e-4)
 
@@ -764,7 +835,7 @@ def test_lite0_from_images_to_a_score(tmp_path, capsys):
     image.fromarray(frame).save(tmp_path / "frame.png")              # the middle 7/8 is white
     assert x.shape == (8, 3, 32, 32) and -1 < x.min() < -0.5
     assert pretrained.lite0_images([tmp_path / "frame.png"], 32).mean() > 0.9
-    y, net = theirs.eval()(x), pretrained.lite0(32)
+    y, net = theirs.eval()(x), pretrained.lite("lite0", 32)
     assert relative(net(x), y) < 1e-4
     top1 = pretrained.Top1(x, y.argmax(1) + torch.tensor([0, 1] * 4))
     assert top1(net) == 50 and top1.right.tolist() == [True, False] * 4
