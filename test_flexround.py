@@ -202,7 +202,7 @@ def test_a_start_on_outputs_is_close_to_the_best(kind, symmetric, per_channel):
 
     layer, alone = layer_for(kind)
     W, twin = layer.weight.detach(), copy.deepcopy(layer)
-    xs = [correlated(9, *alone.shape[1:]).double(), correlated(40, *alone.shape[1:]).double() + 1]
+    xs = [correlated(40, *alone.shape[1:]).double() + 1, correlated(9, *alone.shape[1:]).double()]
     found = [t.exp() if t.is_floating_point() else t for t in
              flexround.search_outputs(layer, xs, 3, symmetric, per_channel)]
     q = RoundToNearest(W, 3, symmetric, per_channel)
@@ -860,6 +860,8 @@ def test_the_schedule_of_adaround_is_the_one_that_is_run(monkeypatch):
     count = sum(q.V.numel() for q in start)
     expected = unit / count * sum(float(weighted(q, 20.0).detach()) for q in start)
     assert history[2] == pytest.approx(expected, rel=0.05)
+    doubled = reconstruct_block(*prepared("adaround", iterations=10, reg_weight=20_000)).history
+    assert doubled[2] == pytest.approx(2 * history[2], rel=0.05)
     q = flexround.AdaRound(weight((1, 3)), 3)
     q.V.data = torch.tensor([[0.0, 9.0, np.log(0.25 / 0.75)]])
     torch.testing.assert_close(q.h().flatten().tolist(), [0.5, 1.0, 0.2])
@@ -1038,6 +1040,20 @@ def test_bits_of_the_ends_and_what_is_skipped():
     reports = quantize_model(single, torch.randn(9, 4), config, skip=("0",))
     assert [(r.index, r.bits) for r in reports] == [(2, {"": 6})]
     assert not quantizers(single[0])
+
+
+def test_a_start_on_outputs_looks_at_the_first_64_float_inputs():
+    """All methods share this start, so that it must not depend on how well a block has learned."""
+    torch.manual_seed(0)
+    blocks, x = [nn.Linear(4, 4), nn.Linear(4, 4)], torch.randn(96, 4)
+    x[32:64, 0] *= 30                                                # each third asks for its own
+    x[64:, 1] *= 900
+    with torch.no_grad():
+        expected = [flexround.search_outputs(blocks[0], [x[:64]], 2),
+                    flexround.search_outputs(blocks[1], [blocks[0](x[:64])], 2)]
+    quantize_model(blocks, x, replace(QUICK, method="rtn", bits=2, end_bits=None, start="outputs"))
+    for block, (log_s1, _) in zip(blocks, expected, strict=True):
+        assert torch.equal(quantizers(block)[""].log_s1, log_s1)
 
 
 def test_a_head_tied_to_an_embedding_stays_float():
@@ -1924,7 +1940,8 @@ def without_gradient(self, x):
 
 def remembers(self, x):
     y = self.layer(x) + self.last
-    self.last = y[-1].detach()
+    if len(x) > 1:
+        self.last = y[-1].detach()
     return y
 
 
@@ -2048,6 +2065,8 @@ def test_what_is_not_done_as_asked_is_said():
     with warnings.catch_warnings():
         warnings.simplefilter("error")                               # nothing to say of these
         learned = quantize_model(net.blocks, x, QUICK)
+        bare = [nn.ReLU(), nn.Linear(4, 4)]                          # its end has no layer
+        quantize_model(bare, torch.randn(9, 4), replace(QUICK, end_bits=None))
     nothing = quantize_model(tiny("gpt")[0].blocks, x, replace(QUICK, lr=1.0))
     assert all("no gain" in str(r) and r.best_iteration == 0 for r in nothing)
     assert not any("no gain" in str(r) or r.best_iteration == 0 for r in learned)
