@@ -441,9 +441,8 @@ def bits_of_layers(blocks, bits: int, end_bits: int | None, skip=()) -> list[dic
     return found
 
 
-def check_network(blocks, calibration: Tensor, config: ReconstructionConfig, skip=()) -> None:
-    """Find what would fail, or would silently go wrong, before any work is done. blocks are float.
-    ValueError: what is not allowed, by block or layer."""
+def check_call(calibration: Tensor) -> None:
+    """ValueError: what would go wrong with any network."""
     if not isinstance(calibration, Tensor):
         raise ValueError(f"calibration is a {type(calibration).__name__}: one Tensor, (N, ...), "
                          "is allowed")
@@ -451,6 +450,12 @@ def check_network(blocks, calibration: Tensor, config: ReconstructionConfig, ski
         raise ValueError("calibration is empty or holds NaN or infinity")
     if torch.is_inference_mode_enabled():
         raise ValueError("within torch.inference_mode() nothing can be learned: leave it first")
+
+
+def check_network(blocks, calibration: Tensor, config: ReconstructionConfig, skip=()) -> None:
+    """Find what would fail, or would silently go wrong, before any work is done. blocks are float.
+    ValueError: what is not allowed, by block or layer."""
+    check_call(calibration)
     model = nn.ModuleList(blocks)
     modules = dict(model.named_modules())                            # a module is named only once
     known = [name for name, m in modules.items() if isinstance(m, nn.Linear | nn.Conv2d)]
@@ -708,14 +713,11 @@ def leave_out_done(blocks, bits: list, abits: list, config: ReconstructionConfig
         own, rounded = quantizers(block), input_quantizers(block)
         if not own and not rounded:
             continue
-        as_asked = bits_in_place(own) == bits[i]
-        for q in own.values():
-            as_asked &= (type(q), q.symmetric, q.per_channel) == grid
-            as_asked &= not any(p.requires_grad for p in q.parameters())     # it was learned
-        for name, b in bits_in_place(rounded).items():
-            as_asked &= abits[i].get(name) == b
-        if config.joint and not rounded:                             # learned without its steps
-            as_asked = False
+        grids = {(type(q), q.symmetric, q.per_channel) for q in own.values()}
+        fresh = any(p.requires_grad for p in nn.ModuleList(own.values()).parameters())
+        as_asked = bits_in_place(own) == bits[i] and grids == {grid} and not fresh
+        as_asked &= bits_in_place(rounded).items() <= abits[i].items()
+        as_asked &= bool(rounded) or not config.joint                # Q learns both together
         if not as_asked:
             raise ValueError(f"block {i} is quantized already, and not as config says: give a "
                              "float network (flexround.fold(block, keep=False) makes it one)")
