@@ -2207,11 +2207,8 @@ def test_the_notebook_is_one_whole_run_and_defines_no_algorithm():
     assert max(len(c["source"]) for c in CODE) <= 30                 # lines that fit a screen
 
 
-def test_the_numbers_in_the_text_stand_in_the_tables():
-    """Prose rots first, so a score in the notebook or in the finding has to be one that we have."""
-    tables = README.split("<!-- main -->")[1] + (HERE / "experiments/README.md").read_text()
-    known = {float(n) for n in re.findall(r"\d+\.\d\d\b", tables)}
-    text = README.split("**The finding.**")[1].split("- They hold")[0] + "".join(
-        line for c in json.loads(NOTEBOOK)["cells"] if c not in CODE for line in c["source"])
-    for number in re.findall(r"\b\d\d\.\d+", text):
-        assert any(f"{n:.{len(number) - 3}f}" == number for n in known), number
+def test_no_score_stands_in_the_notebooks_text():
+    """Prose rots first. A score belongs to the output of a cell, which a run makes anew."""
+    text = "".join(line for c in json.loads(NOTEBOOK)["cells"] if c not in CODE
+                   for line in c["source"])
+    assert not re.findall(r"\b\d\d\.\d|\d %", text)
