@@ -244,8 +244,8 @@ def learning(block: nn.Module, learned: list[nn.Parameter], seed: int):
 def make_optimizer(block: nn.Module, factors: list, steps: list, config: ReconstructionConfig):
     """Adam with a first rate for each kind of parameter: log s1, other factors, activations' steps.
 
-    The authors' code uses Adam with one rate. AdaQuant's V has the unit of a weight and log s1 has
-    none, so that AdaQuant needs two. FlexRound's factors are all logarithms, and one rate will do.
+    The authors' code uses Adam with one rate. We searched that of log s1 on its own: AdaQuant's V
+    has the unit of a weight and log s1 has none, and a step of s1 moves all weights at once.
     """
     s1s, others = [], list(factors)
     for q in quantizers(block).values():

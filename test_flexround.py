@@ -823,9 +823,9 @@ def rates():
 def test_the_rate_falls_to_zero_along_a_cosine(rates):
     """The schedule is the authors' code's and in no paper, so we pin its values."""
     for method, lr, s1_lr, firsts in (                               # a last one is that of log s1
-            ("flexround", 0.01, None, [0.01, 0.01]), ("flexround", None, None, [8e-3, 8e-3]),
-            ("flexround", 0.01, 0.2, [0.01, 0.2]), ("adaquant", None, None, [1e-3, 1.6e-2]),
-            ("adaquant", 0.01, None, [0.01, 1.6e-2]), ("adaround", None, 0.2, [0.3])):
+            ("flexround", 0.01, None, [0.01, 8e-3]), ("flexround", None, None, [3.2e-2, 8e-3]),
+            ("flexround", 0.01, 0.2, [0.01, 0.2]), ("adaquant", None, None, [4e-3, 4e-3]),
+            ("adaquant", 0.01, None, [0.01, 4e-3]), ("adaround", None, 0.2, [0.3])):
         rates.clear()
         reconstruct_block(*prepared(method, iterations=4, lr=lr, s1_lr=s1_lr))
         for rate, cosine in zip(rates, [1, 0.853553, 0.5, 0.146447], strict=True):
@@ -1764,14 +1764,14 @@ def test_rates_and_drops_of_the_settings(setting, rates, monkeypatch):
 
     monkeypatch.setattr(reconstruct, "reconstruct_block", look)
     net, x, _ = tiny("resnet conv")
-    own = replace(QUICK, abits=4, setting=setting, lr=0.01)
+    own = replace(QUICK, abits=4, setting=setting, lr=0.01, s1_lr=0.02)
     reports = quantize_model(net.blocks, x, own)
     assert (own.drop, dropped) == ((0.5, {0.5}) if setting == "Q" else (0.0, {0.0}))
     net.train()
     assert torch.equal(net(x), net(x)) and torch.equal(net(x), net.eval()(x))
     assert all(p.requires_grad != ("_quantizer" in n or "weight.0" in n)
                for n, p in net.named_parameters())
-    groups = [0.01, 0.01, 4e-4]                                      # S2 to s4, s1, steps
+    groups = [0.01, 0.02, 4e-4]                                      # S2 to s4, s1, steps
     passes = {"Q": [groups], "B": [groups[:2], groups[2:]]}[setting]
     expected = []
     for first in passes:                                             # 4 blocks, 20 iterations each
