@@ -776,17 +776,19 @@ def main(arguments=None) -> None:
     options = {"data": args.data, "networks": args.networks or models.NETWORKS, "seed": args.seed,
                "dtype": torch.float64 if cpu else torch.float32}
     activations = f"A{args.abits}" if args.abits else ""
+    configs = {bits: [] for bits in args.bits}                       # a wrong setting is said first
+    for bits, own in configs.items():
+        for method in args.method:
+            own.append(ReconstructionConfig(
+                method, bits, start=args.start, iterations=args.iterations, lr=args.lr,
+                seed=args.seed, abits=args.abits, setting=args.setting, device=args.device))
     jobs, rows = [], []
     for name in args.model:
-        print(f"{name}: {models.load_task(name, **options).about}")  # what is missing is said here
+        print(f"{name}: {models.load_task(name, **options).about}")  # then what is missing
         jobs.append((None, name, options, args.device))
-        for bits in args.bits:
+        for bits, own in configs.items():
             rows.append((name, f"W{bits}{activations}"))
-            for method in args.method:
-                config = ReconstructionConfig(
-                    method, bits, start=args.start, iterations=args.iterations, lr=args.lr,
-                    seed=args.seed, abits=args.abits, setting=args.setting, device=args.device)
-                jobs.append((config, name, options, args.device))
+            jobs += [(config, name, options, args.device) for config in own]
     # The runs do not depend on each other. On a CPU we make them side by side, in processes of one
     # thread each. This takes the least time, and the number of cores then changes no result.
     workers = min(len(jobs), multiprocessing.cpu_count(), 8) if cpu else 1

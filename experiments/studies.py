@@ -115,7 +115,8 @@ STUDIES = {
     "samples": [run for network, samples in product(
         ("resnet", "mobilenet", "gpt"), (8, 32, 128, 512)) for run in grid(
             network, RTN | THREE, [2], iterations=250, samples=samples, **OUTPUTS)],
-    "lite0": grid("lite0", RTN | LITE, [4], **LITE0, **OUTPUTS),
+    "lite0": [run for seed in (0, 1, 2) for run in grid(
+        "lite0", RTN | LITE, [4], (seed,), **LITE0, **OUTPUTS)],
     "lite0-start": grid("lite0", LITE, [4], (0,), **LITE0, p=2.0),
     "lite0-copied": grid("lite0", COPIED, [4], (0,), **LITE0, p=2.4),
     "lite0-ablation": [run for own in (OUTPUTS, {"p": 2.0}) for run in grid(

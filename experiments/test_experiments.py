@@ -202,7 +202,6 @@ def test_the_search_is_fair_and_its_tables_are_the_files():
     count = Counter((r["place"], r["method"], r["part"]) for r in held if r["method"] != "rtn")
     for place in knobs.PLACES:
         assert {count[place, method, "grid"] for method in knobs.GRIDS} == {15}, place
-        assert len({count[place, method, "starts"] for method in knobs.GRIDS}) == 1, place
     text = (HERE / "SEARCHES.md").read_text()
     assert knobs.best_table(held) in text
     assert knobs.grid_table(held, "lite0") in text
@@ -276,7 +275,7 @@ def test_a_study_trains_the_network_that_it_needs(tmp_path, monkeypatch):
     """The larger networks are not committed, so a study has to train them, here for two steps."""
     (tmp_path / "tinyshakespeare.txt").write_text("the quick brown fox jumps over it; " * 300)
     monkeypatch.setitem(studies.TEXTS, "small-shakespeare", (1, 16, 8, 2))
-    run = studies.grid("small-shakespeare", {"rtn": [None]}, [3], [0])[0]
+    run = studies.grid("small-shakespeare", {"rtn": [{}]}, [3], [0])[0]
     task = studies.load(run, tmp_path, tmp_path)
     assert (tmp_path / "small-shakespeare.pt").exists()
     assert task.about.startswith("1 layers, width 16; characters of tinyshakespeare.txt; perplex")
@@ -284,7 +283,7 @@ def test_a_study_trains_the_network_that_it_needs(tmp_path, monkeypatch):
     images = torch.randn(1100, 3, 8, 8), torch.zeros(1100, dtype=torch.long)
     monkeypatch.setattr(models, "cifar10", lambda folder, train: images)
     monkeypatch.setattr(train, "train", lambda net, batch, steps, lr: batch() and net)
-    task = studies.load(studies.STUDIES["ablation"][0], tmp_path, tmp_path)
+    task = studies.load(studies.STUDIES["mobilenet"][0], tmp_path, tmp_path)
     assert (tmp_path / "cifar-mobilenet.pt").exists() and len(task.calibration) == 1024
     for part in ("train", "dev", "test"):
         (tmp_path / f"{part}.tsv").write_text("good film\t1\nbad film , well\t0\n" * 600)
