@@ -641,8 +641,7 @@ class Clock:
             self.say(f"iteration {i}, last evaluated loss {loss:.3g}")
 
     def block(self, report: BlockReport) -> None:
-        bits = ", ".join(f"{name or 'weight'} {b}" for name, b in report.bits.items())
-        self.say(f"block {report.index} (bits: {bits}): {report}")
+        self.say(f"block {report.index}, bits {report.bits}: {report}")
 
 
 def quantize_model(blocks, calibration: Tensor, config: ReconstructionConfig, show: bool = True,

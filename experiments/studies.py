@@ -115,8 +115,9 @@ STUDIES = {
     "samples": [run for network, samples in product(
         ("resnet", "mobilenet", "gpt"), (8, 32, 128, 512)) for run in grid(
             network, RTN | THREE, [2], iterations=250, samples=samples, **OUTPUTS)],
-    "lite0": [run for seed in (0, 1, 2) for run in grid(
-        "lite0", RTN | LITE, [4], (seed,), **LITE0, **OUTPUTS)],
+    # One seed of each method, and two more of AdaRound: what there was time for.
+    "lite0": grid("lite0", RTN | LITE, [4], (0,), **LITE0, **OUTPUTS) +
+    grid("lite0", {"rtn": [{}], "adaround": LITE["adaround"]}, [4], (1, 2), **LITE0, **OUTPUTS),
     "lite0-start": grid("lite0", LITE, [4], (0,), **LITE0, p=2.0),
     "lite0-copied": grid("lite0", COPIED, [4], (0,), **LITE0, p=2.4),
     "lite0-ablation": [run for own in (OUTPUTS, {"p": 2.0}) for run in grid(
@@ -145,7 +146,7 @@ def load(run: Run, data=None, networks=None, samples=None) -> models.Task:
     inputs, if not as many as the run says. ValueError, OSError: what is missing."""
     name, seed, split = run.network, run.config.seed, run.split
     samples = samples or run.samples
-    if name in ("cifar-mobilenet", "sst2", *TEXTS):
+    if name in ("cifar-mobilenet", *TEXTS):
         if data is None or networks is None:
             raise ValueError(f"{name} needs --data, and --networks, a folder where the trained "
                              "network is kept")
@@ -165,14 +166,6 @@ def load(run: Run, data=None, networks=None, samples=None) -> models.Task:
                                          *TEXTS[name])
         task = models.text_task(net, tokens, f"{layers} layers, width {width}; characters of "
                                 f"{path.name}", samples or 128, seed, split)
-    elif name == "sst2":
-        net, words = train.sentiment_network(Path(networks, "sst2.pt"), data)
-        x, _ = train.sst2(data, "train", words, net.context)
-        held = train.sst2(data, "test" if split == "test" else "dev", words, net.context)
-        index, _ = models.draw(len(x), samples or 1024, seed)
-        task = models.Task(net, x[index], lambda net: models.accuracy(net, *held), 32,
-                           "a classifier of 2 layers, width 64; SST-2; accuracy on "
-                           f"{len(held[1]):,} {split} sentences")
     elif name in ("lite0", "lite0-224", "lite1"):
         if data is None:
             raise ValueError(f"{name} needs --data, a folder of ImageNet's images")
@@ -321,7 +314,10 @@ def paired(records: list[dict]) -> str:
     names rightly and the other does not, and the reverse, a mean over the seeds.
     """
     right = {}
+    seeds = {r["config"]["seed"] for r in records if r["config"]["method"] == "flexround"}
     for record in records:
+        if record["config"]["seed"] not in seeds:                    # nothing to pair it with
+            continue
         own, bits = settings_of(record), np.frombuffer(bytes.fromhex(record["right"]), np.uint8)
         key = f"{record['network']} | W{own['bits']}{', per channel' * own['per_channel']}"
         count = int(record["about"].split(" on ")[-1].split()[0].replace(",", ""))
@@ -397,7 +393,7 @@ def ranking(records: list[dict]) -> str:
 
 
 # The tables of a study, where they are not the one of its scores.
-TABLES = {"samples": [few_inputs, ranking], "lite0": [table, paired, few_inputs, ranking],
+TABLES = {"samples": [few_inputs, ranking], "lite0": [table, paired],
           **dict.fromkeys([name for name in STUDIES if name.startswith("lite") and name != "lite0"],
                           [table])}
 

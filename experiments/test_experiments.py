@@ -285,11 +285,6 @@ def test_a_study_trains_the_network_that_it_needs(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "train", lambda net, batch, steps, lr: batch() and net)
     task = studies.load(studies.STUDIES["mobilenet"][0], tmp_path, tmp_path)
     assert (tmp_path / "cifar-mobilenet.pt").exists() and len(task.calibration) == 1024
-    for part in ("train", "dev", "test"):
-        (tmp_path / f"{part}.tsv").write_text("good film\t1\nbad film , well\t0\n" * 600)
-    task = studies.load(studies.STUDIES["sst2"][0], tmp_path, tmp_path)
-    assert {tuple(x[:5].tolist()) for x in task.calibration} == {(5, 4, 0, 0, 0), (3, 4, 2, 6, 0)}
-    assert task.calibration.shape == (1024, 32) and task.score(task.net) in (0.0, 50.0, 100.0)
 
 
 # ---- The integers --------------------------------------------------------------------------------

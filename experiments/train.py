@@ -10,7 +10,7 @@ releases of older versions, too, so the newest Python tells what these will lack
 """
 import runpy
 import sys
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 
@@ -132,48 +132,6 @@ def llama(vocabulary: int, context: int, layers: int, heads: int, width: int) ->
         nn.Sequential(OrderedDict(norm=net.model.norm, lm_head=net.lm_head)))
     blocks.context = context
     return blocks
-
-
-class Sentiment(models.GPT):
-    """A GPT whose head is a classifier of the mean over the tokens: (B, T) -> (B, 2)."""
-
-    def __init__(self, vocabulary: int, context: int, layers: int, heads: int, width: int):
-        super().__init__(vocabulary, context, layers, heads, width)
-        self.blocks[-1] = nn.Sequential(OrderedDict(
-            ln_f=nn.LayerNorm(width), mean=nn.AdaptiveAvgPool2d((1, None)), flatten=nn.Flatten(),
-            linear=nn.Linear(width, 2)))                             # (B, T, D), (B, 1, D), (B, 2)
-
-
-def sst2(folder, part: str, words: list[str], length: int) -> tuple[Tensor, Tensor]:
-    """Sentences of SST-2 as tokens (N, length) and their labels (N,), 1 for a good review. A token
-    is the place of the word in words, from 2 on. 1 is any other word, and 0 fills up."""
-    index = {word: i for i, word in enumerate(words, 2)}
-    x, y = [], []
-    for line in Path(folder, f"{part}.tsv").read_text(encoding="utf-8").splitlines():
-        sentence, label = line.rsplit("\t", 1)
-        tokens = [index.get(word, 1) for word in sentence.split()[:length]]
-        x.append(tokens + [0] * (length - len(tokens)))
-        y.append(int(label))
-    return torch.tensor(x), torch.tensor(y)
-
-
-def sentiment_network(path, folder, length: int = 32):
-    """A small classifier of SST-2's sentences, kept in path, and its words: those that stand more
-    than once in the training sentences. While it learns, a tenth of the words is hidden."""
-    lines = Path(folder, "train.tsv").read_text(encoding="utf-8").splitlines()
-    counts = Counter(word for line in lines for word in line.rsplit("\t", 1)[0].split())
-    words = sorted(word for word, n in counts.items() if n > 1)
-    x, y = sst2(folder, "train", words, length)
-    draw, generator = image_batches(x, y), torch.Generator().manual_seed(0)
-
-    def batch():
-        tokens, labels = draw()
-        hidden = torch.rand(tokens.shape, generator=generator) < 0.1
-        return tokens.masked_fill(hidden & (tokens > 0), 1), labels
-
-    net = kept(path, lambda: Sentiment(len(words) + 2, length, 2, 4, 64),
-               lambda net: train(net, batch, 600, 1e-3) and None)
-    return net, words
 
 
 def common_paragraphs(files: list) -> list[str]:
