@@ -8,6 +8,7 @@ import json
 import os
 import re
 import runpy
+import signal
 import subprocess
 import sys
 import warnings
@@ -2169,7 +2170,10 @@ def test_in_float64_each_instruction_set_finds_the_same_codes(network, method):
         own = {"ATEN_CPU_CAPABILITY": ours, "ONEDNN_MAX_CPU_ISA": onednn,
                "MKL_ENABLE_INSTRUCTIONS": mkl}
         done = subprocess.run([sys.executable, "-c", CODES, network, method], cwd=HERE, text=True,
-                              capture_output=True, env={**os.environ, **own}, check=True)
+                              capture_output=True, env={**os.environ, **own})
+        if done.returncode == -signal.SIGILL:                        # not on this processor
+            continue
+        assert done.returncode == 0, done.stderr
         used, codes = done.stdout.split()
         found[used] = codes
     if len(found) < 2:
