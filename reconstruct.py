@@ -694,7 +694,7 @@ def quantize_model(blocks, calibration: Tensor, config: ReconstructionConfig, sh
         leave_out_done(blocks, bits, abits, config)
 
     passes = [(bits, nothing), (nothing, abits)] if twice else [(bits, abits)]
-    count = len(passes) * sum(map(bool, bits))                       # blocks to learn, at most
+    count = sum(map(bool, bits)) + (sum(map(bool, abits)) if twice else 0)    # blocks to learn
     clock = Clock(count * config.iterations, show and config.method != "rtn")
     reports = []
     for weights, inputs in passes:

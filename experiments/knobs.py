@@ -114,7 +114,9 @@ def one_run(job) -> dict:
         try:
             report, = quantize_model([hat], x, config, show=False)
         except FloatingPointError:                                   # a rate that is far too large
-            calibration.append(math.inf), unseen.append(math.inf), kept.append(0)
+            calibration.append(math.inf)
+            unseen.append(math.inf)
+            kept.append(0)
             continue
         calibration.append(report.final_loss)
         unseen.append(reconstruct.evaluate(hat, x_unseen, y, config))

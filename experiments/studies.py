@@ -101,8 +101,8 @@ LITE = {"adaround": [{"lr": 0.3, "reg_weight": 1e4}], "adaquant": [{"lr": 1e-3, 
         "flexround": [{"lr": 1.6e-2, "s1_lr": 0.128}]}
 LITE0 = {"iterations": 250, "samples": 256}
 OUTPUTS = {"start": "outputs"}
-# One rate for all of FlexRound, V's rate for AdaQuant's s1, BRECQ's weight for AdaRound's
-# regulariser (0.01 in the unit of the loss is about 1e-1 here), and its start: what we had copied.
+# What we had copied: one rate for all of FlexRound, V's rate for AdaQuant's s1, and for AdaRound a
+# weight as small as BRECQ's 0.01, which in our unit depends on the block and is below 1 in most.
 COPIED = {"adaround": [{"lr": 0.3, "reg_weight": 0.1}], "adaquant": [{"lr": 1e-3, "s1_lr": 1e-3}],
           "flexround": [{"lr": 1.6e-2, "s1_lr": 1.6e-2}]}
 

@@ -151,8 +151,10 @@ def time_block(block: nn.Module, x: Tensor, config: ReconstructionConfig, rounds
         plain(batch).backward(G)
 
     def iteration(record=None):
-        make = make_iteration if record is None else recordable_iteration
-        iterate = make(hat, x, y, config, **({} if record is None else {"record": record}))
+        if record is None:
+            iterate = make_iteration(hat, x, y, config)
+        else:
+            iterate = recordable_iteration(hat, x, y, config, record)
         order = itertools.cycle(range(config.iterations))
         return lambda: iterate(next(order))
 
