@@ -44,6 +44,7 @@ import time
 import warnings
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from itertools import product
 
 import torch
 import torch.nn.functional as F
@@ -130,9 +131,14 @@ class ReconstructionConfig:
         return QDROP if self.joint else self.input_drop
 
     def default(self, knob: str):
-        """The value of "lr", "s1_lr" or "reg_weight": as set, else the method's own default."""
+        """The value of "lr", "s1_lr" or "reg_weight": as set, else the method's own default. A
+        method without a rate for log s1 learns it with lr."""
         value = getattr(self, knob)
-        return getattr(METHODS[self.method], f"default_{knob}") if value is None else value
+        if value is None:
+            value = getattr(METHODS[self.method], f"default_{knob}")
+        if value is None and knob == "s1_lr":
+            value = self.default("lr")
+        return value
 
 
 @dataclass
@@ -160,6 +166,9 @@ class BlockReport:
 
 
 # ---- One block -----------------------------------------------------------------------------------
+#
+# From here on we follow one block through its turn. The order is: what the loss is, which
+# parameters learn, how one iteration runs, and how we decide which state is kept.
 
 def block_loss(y: Tensor, y_fp: Tensor, channel_dim: int | None = None) -> Tensor:
     """The squared error, summed over channels and averaged over the rest. Returns a scalar.
@@ -174,16 +183,20 @@ def block_loss(y: Tensor, y_fp: Tensor, channel_dim: int | None = None) -> Tenso
     if channel_dim is None:
         channel_dim = 1 if y.dim() == 4 else -1
     channels = 1 if y.dim() == 1 else y.shape[channel_dim]
-    if y.dtype in (torch.float16, torch.bfloat16):                   # under autocast, say
+    # Under autocast a block returns half precision. Its squares could overflow.
+    if y.dtype in (torch.float16, torch.bfloat16):
         y, y_fp = y.float(), y_fp.float()
+
+    # mse_loss is the mean over all elements. Times the number of channels, it is the sum over
+    # channels and the mean over inputs and positions. The factor does not move the minimum. It
+    # gives the loss the authors' unit, in which they state their rates.
     return F.mse_loss(y, y_fp) * channels
 
 
 def device_of(blocks) -> torch.device:
     """The device of the first parameter. The CPU where there is none."""
-    for block in blocks:
-        for p in block.parameters():
-            return p.device
+    for p in nn.ModuleList(blocks).parameters():
+        return p.device
     return torch.device("cpu")
 
 
@@ -197,6 +210,9 @@ def put_back(parameters: list[nn.Parameter], values: list[Tensor]) -> None:
 def learned_parameters(block: nn.Module, config: ReconstructionConfig) -> tuple[list, list]:
     """What is learned now, as two lists: the factors of weights, and the steps of activations.
 
+    The factors are what the rule has: s1, S2, s3 and s4 of FlexRound, V and s1 of AdaQuant, V of
+    AdaRound, nothing of round to nearest. The layers' biases are never learned.
+
     Setting B first learns the factors. In its second pass steps are in place, and it learns these.
     Setting Q learns both together. ValueError: the block holds other quantizers than config's.
     """
@@ -204,13 +220,18 @@ def learned_parameters(block: nn.Module, config: ReconstructionConfig) -> tuple[
     if kinds != {METHODS[config.method]}:
         found = ", ".join(kind.__name__ for kind in kinds) or "no quantizers (see quantize_layers)"
         raise ValueError(f"the block holds {found}: {config.method} is needed, as config says")
+    # A quantizer's parameters are its factors. What it only keeps, such as AdaRound's s1 or a
+    # zero_point, is a buffer.
     factors, steps = [], []
     for q in quantizers(block).values():
         factors.extend(q.parameters())
     if config.method != "rtn" and config.abits is not None:
         for q in input_quantizers(block).values():
             steps.extend(q.parameters())
-    if steps and not config.joint:                                   # the second pass of B
+
+    # The weights of setting B are finished before its first step is placed. So if there are steps,
+    # this is its second pass, and the factors stay as they are.
+    if steps and not config.joint:
         factors = []
     return factors, steps
 
@@ -219,24 +240,32 @@ def learned_parameters(block: nn.Module, config: ReconstructionConfig) -> tuple[
 def learning(block: nn.Module, learned: list[nn.Parameter], seed: int):
     """Within, only `learned` requires a gradient, and torch's generator, which draws what drops, is
     seeded. Afterwards both are as before, the quantizers are frozen, the block is in eval mode."""
-    before = [(p, p.requires_grad) for p in block.parameters()]
-    device = device_of([block])
-    cuda = device.type == "cuda"
+    # Quantizers are ours, and we freeze them at the end. All other parameters are yours: we note
+    # which of them required a gradient, and give that back.
     own = set()
     for q in [*quantizers(block).values(), *input_quantizers(block).values()]:
         own.update(q.parameters())
+    before = [(p, p.requires_grad) for p in block.parameters() if p not in own]
+
+    # Each device has a generator of its own. We seed that of the block's device. fork_rng puts its
+    # state back at the end, so that we do not disturb the random numbers of your program.
+    device = device_of([block])
+    devices, generator = [], torch.default_generator
+    if device.type == "cuda":
+        devices, generator = [device], torch.cuda.default_generators[device.index]
+
     block.requires_grad_(False)
     for p in learned:
         p.requires_grad_(True)
     try:
-        with torch.enable_grad(), torch.random.fork_rng([device] if cuda else []):
-            draw = torch.cuda.default_generators[device.index] if cuda else torch.default_generator
-            draw.manual_seed(seed)
+        with torch.enable_grad(), torch.random.fork_rng(devices):
+            generator.manual_seed(seed)
             yield
     finally:
         for p, required in before:
-            p.requires_grad_(required and p not in own)
+            p.requires_grad_(required)
         for p in own:
+            p.requires_grad_(False)
             p.grad = None
         block.eval()
 
@@ -247,13 +276,16 @@ def make_optimizer(block: nn.Module, factors: list, steps: list, config: Reconst
     The authors' code uses Adam with one rate. We searched that of log s1 on its own: AdaQuant's V
     has the unit of a weight and log s1 has none, and a step of s1 moves all weights at once.
     """
-    s1s, others = [], list(factors)
+    s1s = []
     for q in quantizers(block).values():
         if q.learns_s1 and factors:
             s1s.append(q.log_s1)
-            others = [p for p in others if p is not q.log_s1]
-    lr = config.default("lr")
-    rates = [(others, lr), (s1s, config.default("s1_lr") or lr), (steps, config.step_lr or STEP_LR)]
+    found = set(s1s)
+    others = [p for p in factors if p not in found]
+
+    # iterate reads "first" again in each iteration, because it lowers "lr" from there.
+    rates = [(others, config.default("lr")), (s1s, config.default("s1_lr")),
+             (steps, config.step_lr or STEP_LR)]
     groups = [{"params": p, "lr": rate, "first": rate} for p, rate in rates if p]
     return torch.optim.Adam(groups, fused=True)
 
@@ -265,12 +297,14 @@ def make_iteration(block: nn.Module, x_q: Tensor, y_fp: Tensor, config: Reconstr
     The loss stays on the device as a scalar tensor, so that nothing waits for the device. The
     arguments are those of reconstruct_block, and start_loss, the loss of round to nearest.
     """
+    # First what all iterations share. iterate itself follows below, and it is short.
     device, total = device_of([block]), config.iterations
     factors, steps = learned_parameters(block, config)
     optimizer = make_optimizer(block, factors, steps, config)
 
-    # Each batch is a fresh draw from all inputs, so that none of them is always seen together with
-    # the same others. All methods draw the same batches, because only the seed decides.
+    # Each batch is a fresh draw from all inputs, without repeats. So no input is always seen
+    # together with the same others. All methods draw the same batches, because only the seed and
+    # the block's place decide. A method is then not better because its batches were easier.
     draw = torch.Generator().manual_seed(1000 * config.seed + index)
     batches = [torch.randperm(len(x_q), generator=draw)[:config.batch_size] for _ in range(total)]
     batches = torch.stack(batches).to(x_q.device)                    # (iterations, batch)
@@ -283,34 +317,45 @@ def make_iteration(block: nn.Module, x_q: Tensor, y_fp: Tensor, config: Reconstr
     if regularised:
         count = sum(q.V.numel() for q in regularised)
         reg_weight = config.default("reg_weight") * start_loss / count
+
+    # In setting Q the steps of activations drop as well: see flexround.LSQ.
     dropping = [q for q in input_quantizers(block).values() if q.drop > 0]
 
     def drawn(tensor, i):
+        """Batch i of a tensor of all inputs, on the block's device."""
         return tensor.detach().index_select(0, batches[i].to(tensor.device)).to(device)
 
     def iterate(i):
-        # The rate. It falls to 0 along half a cosine, so that the last steps settle.
+        # 1. The rate. It falls to 0 along half a cosine: large steps first, to leave round to
+        # nearest, and small ones at the end, so that the codes settle.
         for group in optimizer.param_groups:
             group["lr"] = group["first"] * (1 + math.cos(math.pi * i / total)) / 2
 
-        # The batch: inputs behind quantized blocks, and what the float block made of float ones.
+        # 2. The batch: inputs behind quantized blocks, and what the float block made of float ones.
         x, y = drawn(x_q, i), drawn(y_fp, i)
 
-        # QDrop: element by element, the full-precision input instead of the quantized one.
+        # 3. QDrop. Element by element and anew in each iteration, the input is the full-precision
+        # one with this probability. The block then learns for both, and fits the errors of the
+        # blocks before it less closely. These errors differ on inputs that it has not seen.
         if config.drop > 0:
             x = torch.where(torch.rand(x.shape, device=device) < config.drop, drawn(x_fp, i), x)
 
-        # The loss: the objective of section 3.1. In train mode AdaRound is soft and LSQ drops. In
-        # the second pass of B no weight changes, so there each is quantized only once.
+        # 4. The loss: the objective of section 3.1. evaluate has left the block in eval mode. In
+        # train mode AdaRound is soft, and LSQ drops. The other rules know no difference, and
+        # dropout and batch norm of the block itself stay in eval mode.
         for q in regularised + dropping:
             q.train()
+        # block(x) computes W_hat from W and the factors, so that gradients reach the factors. In
+        # the second pass of B no factor changes: there we quantize each weight only once.
         with nullcontext() if factors else parametrize.cached():
             loss = block_loss(block(x), y, config.channel_dim)
+        # share is 0 for the first fifth and 1 afterwards. beta falls, and pulls h to 0 or 1.
         share, beta = flexround.AdaRound.schedule(i / total)
         for q in regularised:
             loss = loss + share * reg_weight * q.regulariser(beta)
 
-        # The step.
+        # 5. The step. The gradient has passed round() (flexround.Round says how), and in FlexRound
+        # the reciprocal rule.
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -321,36 +366,41 @@ def make_iteration(block: nn.Module, x_q: Tensor, y_fp: Tensor, config: Reconstr
 
 @torch.no_grad()
 def evaluate(block: nn.Module, x: Tensor, y_fp: Tensor, config: ReconstructionConfig) -> float:
-    """block_loss over all of x, a batch at a time."""
+    """block_loss over all of x, a batch at a time. Returns a number, so it waits for the device."""
     device, total = device_of([block]), 0.0
-    with parametrize.cached():                                       # quantize each weight once
+    # Within cached() each weight is quantized once, not for each batch.
+    with parametrize.cached():
         for xs, ys in zip(x.split(config.batch_size), y_fp.split(config.batch_size), strict=True):
-            y = block(xs.to(device, copy=True))                      # it may work in place
+            # A copy, because the block may work in place, as nn.ReLU(inplace=True) does.
+            y = block(xs.to(device, copy=True))
             loss = block_loss(y, ys.to(device), config.channel_dim)
+            # The last batch may be smaller: weigh each by its inputs. In float64, because the sum
+            # over thousands of inputs decides which state is kept.
             total += len(xs) * loss.double()
     return float(total) / len(x)
 
 
 def check_finite(history: list[float], loss: float, index: int, config) -> None:
     """FloatingPointError that names the first iteration whose loss is not finite."""
-    for i, value in enumerate([*history, loss], 1):
-        if not math.isfinite(value):
-            when = "before training. Do its activations overflow?"
-            if history:
-                i = min(i, len(history))
-                when = f"at iteration {i} of {config.iterations}: try a smaller lr"
-            raise FloatingPointError(f"block {index}, {config.method}: the loss is not finite "
-                                     f"{when}")
+    wrong = [i for i, value in enumerate([*history, loss], 1) if not math.isfinite(value)]
+    if wrong:
+        when = "before training. Do its activations overflow?"
+        if history:
+            i = min(wrong[0], len(history))
+            when = f"at iteration {i} of {config.iterations}: try a smaller lr"
+        raise FloatingPointError(f"block {index}, {config.method}: the loss is not finite {when}")
 
 
 def reconstruct_block(block: nn.Module, x_q: Tensor, y_fp: Tensor, config: ReconstructionConfig,
                       x_fp: Tensor | None = None, index: int = 0, progress=None) -> BlockReport:
     """Learn the factors of a block's quantizers, in place: descend block_loss(block(x_q), y_fp).
 
-    At the start and after each quarter of the iterations we evaluate all of the calibration set,
-    because single batches differ too much in difficulty, and at the end we keep the best state. We
-    evaluate with hard codes, those that will be stored. (AdaRound learns with soft ones: while h is
-    between 0 and 1 its loss can be small, and it may still be large once h is 0 or 1.)
+    Why the best of five states. At the start and after each quarter of the iterations we evaluate
+    all of the calibration set, because single batches differ too much in difficulty. At the end we
+    keep the state with the smallest loss. So a rate that is too large costs time, but no accuracy.
+
+    Why hard codes. We evaluate with the codes that will be stored. AdaRound learns with soft ones:
+    while h is between 0 and 1 its loss can be small, and it may still be large once h is 0 or 1.
 
     Afterwards the block is in eval mode and its factors are frozen. We touch no other parameter.
 
@@ -370,7 +420,8 @@ def reconstruct_block(block: nn.Module, x_q: Tensor, y_fp: Tensor, config: Recon
     began = time.perf_counter()
     factors, steps = learned_parameters(block, config)
     learned = factors + steps
-    if learned and parametrize._cache_enabled:                       # it would hide what is learned
+    # A cache of W_hat would hide from the block that its factors change.
+    if learned and parametrize._cache_enabled:
         raise ValueError("within parametrize.cached() nothing can be learned: leave it first")
     if config.drop > 0 and x_fp is None:
         raise ValueError(f"input_drop = {config.drop} needs x_fp, the full-precision input")
@@ -378,14 +429,20 @@ def reconstruct_block(block: nn.Module, x_q: Tensor, y_fp: Tensor, config: Recon
         warnings.warn(f"batch_size = {config.batch_size}, but there are only {len(x_q)} inputs",
                       stacklevel=2)
 
-    total = config.iterations if learned else 0                      # round to nearest: none
+    # Round to nearest learns nothing. For it we only evaluate the start.
+    total = config.iterations if learned else 0
     marks = {total * quarter // 4 for quarter in range(1, 5)}        # when to evaluate
     initial = [p.detach().clone() for p in learned]
+
+    # The losses of the batches stay on the device too. If we read each one, each iteration would
+    # wait for the device. We read all of them at the marks, where evaluate waits anyway.
     history = torch.zeros(total, dtype=torch.float64, device=device_of([block]))
+
     with learning(block, learned, 1000 * config.seed + index):       # a seed for each block
         try:
-            # The start, which is round to nearest. It is the first candidate.
-            block.eval()                                             # hard codes, nothing drops
+            # The start: all factors as they were placed, which is round to nearest. It is the first
+            # candidate. In eval mode codes are hard, and nothing drops.
+            block.eval()
             loss = evaluate(block, x_q, y_fp, config)
             check_finite([], loss, index, config)
             evaluations = [(0, loss)]
@@ -394,7 +451,9 @@ def reconstruct_block(block: nn.Module, x_q: Tensor, y_fp: Tensor, config: Recon
                 iterate = make_iteration(block, x_q, y_fp, config, x_fp, index, loss)
 
             for done in range(1, total + 1):
-                history[done - 1] = iterate(done - 1)                # stays on the device
+                history[done - 1] = iterate(done - 1)
+
+                # Four times: evaluate as in use, and remember the state if it is the best one yet.
                 if done in marks:
                     block.eval()
                     loss = evaluate(block, x_q, y_fp, config)
@@ -419,7 +478,10 @@ def bits_in_place(found: dict[str, nn.Module]) -> dict[str, int]:
     return {name: q.bits for name, q in found.items()}
 
 
-# ---- A network: block after block ----------------------------------------------------------------
+# ---- Before any work: which layers, how many bits, what we refuse --------------------------------
+#
+# Section 3 goes on at `run`, and you may skip to it. These functions are for whoever brings an own
+# network: a run of an hour should not end with an error that was there from the beginning.
 
 def bits_of_layers(blocks, bits: int, end_bits: int | None, skip=()) -> list[dict[str, int]]:
     """How many bits each layer gets: for each block a dictionary from layer name to bits.
@@ -520,12 +582,10 @@ def warn_of_float_weights(blocks, skip=()) -> None:
     weights."""
     model = nn.ModuleList(blocks)
     known = {id(layer.weight) for layer in quantizable_layers(model, skip).values()}
-    for name in skip:
-        known.update(map(id, model.get_submodule(name).parameters()))
     norms = []
     for name, module in model.named_modules():
-        if isinstance(module, nn.Embedding | nn.EmbeddingBag):
-            known.add(id(module.weight))
+        if name in skip or isinstance(module, nn.Embedding | nn.EmbeddingBag):
+            known.update(map(id, module.parameters()))
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             norms.append(name)
     left = {name: p.numel() for name, p in model.named_parameters()
@@ -555,69 +615,28 @@ def warn_of_end_bits(blocks, bits: list[dict[str, int]], config: ReconstructionC
                           "exception of the first and the last", stacklevel=3)
 
 
-@torch.no_grad()
-def run(block: nn.Module, x: Tensor, batch_size: int, device, cache_device) -> Tensor:
-    """block(x) for all of x, a batch at a time. The result is on cache_device."""
-    outputs = []
-    with parametrize.cached():                                       # quantize each weight once
-        for xs in x.split(batch_size):
-            y = block(xs.to(device, copy=True))                      # it may work in place
-            outputs.append(y.to(cache_device))
-    return torch.cat(outputs)
-
-
-def place_quantizers(block: nn.Module, x_q: Tensor, x_fp: Tensor, config: ReconstructionConfig,
-                     bits: dict[str, int], abits: dict[str, int]) -> None:
-    """Put quantizers on the weights of the layers in bits, and on the inputs of those in abits."""
-    device = device_of([block])
-    if abits:                                                        # steps start on one batch
-        batches = (xs.to(device) for xs in x_q.split(config.batch_size))
-        drop = QDROP if config.joint else 0.0
-        flexround.quantize_inputs(block, next(batches), abits, config.symmetric, config.p, drop,
-                                  batches)
-        block.eval()                                                 # new steps drop nothing yet
-    if bits:                                                         # round to nearest so far
-        skip = {name for name, _ in block.named_modules() if name not in bits}
-        flexround.quantize_layers(block, config, bits, skip, x_fp[:START_INPUTS].to(device))
-
-
-def one_pass(blocks, floats, calibration: Tensor, config: ReconstructionConfig,
-             bits: list[dict[str, int]], abits: list[dict[str, int]], clock) -> list[BlockReport]:
-    """The loop at the head of this file: once through all blocks, in place.
-
-    floats are the same blocks in full precision, for the targets. They may be the blocks
-    themselves, because we take a block's target before we quantize it. bits and abits say for each
-    block which weights and which inputs are quantized in this pass. A block that has neither, {},
-    is only run.
-    """
-    home = device_of(blocks)
-    device = torch.device(config.device or home)
-    cache = torch.device(config.cache_device or device)
-    reports = []
-    x_fp = x_q = calibration.detach().to(cache)
+def leave_out_done(blocks, bits: list, abits: list, config: ReconstructionConfig) -> None:
+    """Empty what an interrupted call has learned already in bits and abits, so that it is only run.
+    ValueError: quantizers that no call with this config has learned."""
+    done = []
+    grid = (METHODS[config.method], config.symmetric, config.per_channel)
     for i, block in enumerate(blocks):
-        try:
-            # The target comes first, while the block is full precision.
-            y_fp = run(floats[i].eval().to(device), x_fp, config.batch_size, device, cache)
-            block.eval().to(device)
-            if bits[i] or abits[i]:
-                try:
-                    place_quantizers(block, x_q, x_fp, config, bits[i], abits[i])
-                    report = reconstruct_block(block, x_q, y_fp, config, x_fp, i, clock.iteration)
-                except BaseException:                                # the block as it was
-                    flexround.remove_input_quantizers(block)
-                    if bits[i]:
-                        flexround.fold(block, keep=False)
-                    raise
-                for q in input_quantizers(block).values():
-                    q.drop = 0.0                                     # learned: nothing drops now
-                reports.append(report)
-                clock.block(report)
-            x_fp, x_q = y_fp, run(block, x_q, config.batch_size, device, cache)
-        finally:
-            floats[i].to(home)
-            block.to(home)
-    return reports
+        own, rounded = quantizers(block), input_quantizers(block)
+        if not own and not rounded:
+            continue
+        grids = {(type(q), q.symmetric, q.per_channel) for q in own.values()}
+        fresh = any(p.requires_grad for p in nn.ModuleList(own.values()).parameters())
+        as_asked = bits_in_place(own) == bits[i] and grids == {grid} and not fresh
+        as_asked &= bits_in_place(rounded).items() <= abits[i].items()
+        as_asked &= bool(rounded) or not config.joint                # Q learns both together
+        if not as_asked:
+            raise ValueError(f"block {i} is quantized already, and not as config says: give a "
+                             "float network (flexround.fold(block, keep=False) makes it one)")
+        bits[i] = {}
+        if rounded:
+            abits[i] = {}
+        done.append(i)
+    warnings.warn(f"blocks {done} are quantized already: we keep them and go on", stacklevel=3)
 
 
 class Clock:
@@ -642,6 +661,109 @@ class Clock:
 
     def block(self, report: BlockReport) -> None:
         self.say(f"block {report.index}, bits {report.bits}: {report}")
+
+
+# ---- A network: block after block ----------------------------------------------------------------
+
+@torch.no_grad()
+def run(block: nn.Module, x: Tensor, batch_size: int, device, cache_device) -> Tensor:
+    """block(x) for all of x, a batch at a time. The result is on cache_device.
+
+    A whole calibration set at once would need too much memory inside the block. Its outputs alone
+    fit more often, and cache_device = "cpu" is for those that do not.
+    """
+    outputs = []
+    with parametrize.cached():                                       # quantize each weight once
+        for xs in x.split(batch_size):
+            y = block(xs.to(device, copy=True))                      # it may work in place
+            outputs.append(y.to(cache_device))
+    return torch.cat(outputs)
+
+
+def place_quantizers(block: nn.Module, x_q: Tensor, x_fp: Tensor, config: ReconstructionConfig,
+                     bits: dict[str, int], abits: dict[str, int]) -> None:
+    """Put quantizers on the weights of the layers in bits, and on the inputs of those in abits.
+
+    Afterwards the block computes with W_hat in place of W. At first that is round to nearest.
+    """
+    device = device_of([block])
+    # Activations first, because their steps start on what the float layers take as input. The
+    # inputs come a batch at a time. Steps that are new drop nothing yet.
+    if abits:
+        batches = (xs.to(device) for xs in x_q.split(config.batch_size))
+        drop = QDROP if config.joint else 0.0
+        flexround.quantize_inputs(block, next(batches), abits, config.symmetric, config.p, drop,
+                                  batches)
+        block.eval()
+    # Then weights. With start = "outputs" the first inputs decide which s1 a layer starts from.
+    if bits:
+        skip = {name for name, _ in block.named_modules() if name not in bits}
+        flexround.quantize_layers(block, config, bits, skip, x_fp[:START_INPUTS].to(device))
+
+
+@contextmanager
+def moved(device: torch.device, home: torch.device, *modules: nn.Module):
+    """Within, the modules are on device. Afterwards, after an exception as well, they are home. So
+    a GPU has to hold one block at a time, and not the network."""
+    try:
+        for module in modules:
+            module.to(device)
+        yield
+    finally:
+        for module in modules:
+            module.to(home)
+
+
+@contextmanager
+def undone_on_failure(block: nn.Module, weights: bool):
+    """On any exception within, the block is as it was: no steps, and if weights, no rules either.
+    A block is then learned as a whole or not at all, and the same call can go on behind it."""
+    try:
+        yield
+    except BaseException:                                            # an interrupt as well
+        flexround.remove_input_quantizers(block)
+        if weights:
+            flexround.fold(block, keep=False)
+        raise
+
+
+def one_pass(blocks, floats, calibration: Tensor, config: ReconstructionConfig,
+             bits: list[dict[str, int]], abits: list[dict[str, int]], clock) -> list[BlockReport]:
+    """The loop at the head of this file: once through all blocks, in place.
+
+    floats are the same blocks in full precision, for the targets. They may be the blocks
+    themselves, because we take a block's target before we quantize it. bits and abits say for each
+    block which weights and which inputs are quantized in this pass. A block that has neither, {},
+    is only run.
+    """
+    home = device_of(blocks)
+    device = torch.device(config.device or home)
+    cache = torch.device(config.cache_device or device)
+    reports = []
+
+    # Two streams of activations run through the network side by side. x_fp has seen no quantized
+    # block, x_q has seen only quantized ones. In front of the first block they are the same.
+    x_fp = x_q = calibration.detach().to(cache)
+    for i, block in enumerate(blocks):
+        block.eval()
+        floats[i].eval()
+        with moved(device, home, block, floats[i]):
+            # The target comes first, while the block is full precision.
+            y_fp = run(floats[i], x_fp, config.batch_size, device, cache)
+
+            # Learn on x_q: what this block will get in use, the errors of earlier blocks included.
+            if bits[i] or abits[i]:
+                with undone_on_failure(block, weights=bool(bits[i])):
+                    place_quantizers(block, x_q, x_fp, config, bits[i], abits[i])
+                    report = reconstruct_block(block, x_q, y_fp, config, x_fp, i, clock.iteration)
+                for q in input_quantizers(block).values():
+                    q.drop = 0.0                                     # learned: nothing drops now
+                reports.append(report)
+                clock.block(report)
+
+            # Both streams pass the block: one its float copy, the other what we have learned.
+            x_fp, x_q = y_fp, run(block, x_q, config.batch_size, device, cache)
+    return reports
 
 
 def quantize_model(blocks, calibration: Tensor, config: ReconstructionConfig, show: bool = True,
@@ -673,16 +795,24 @@ def quantize_model(blocks, calibration: Tensor, config: ReconstructionConfig, sh
     """
     blocks = list(nn.ModuleList(blocks))
     model = nn.ModuleList(blocks)
+
     # Setting B goes through the blocks twice: weights, then steps. Round to nearest learns nothing,
     # so one pass is enough.
     twice = config.abits is not None and not config.joint and config.method != "rtn"
+
+    # Targets come from a float network. In one pass that is the network itself, because each block
+    # is still float when we take its target. In a second pass, or after an interrupted call, blocks
+    # are quantized already. Then we need a copy without its quantizers.
     floats = blocks
-    if twice or quantizers(model):                                   # targets need a float network
+    if twice or quantizers(model):
         floats = copy.deepcopy(blocks)
         flexround.fold(nn.ModuleList(floats), keep=False)
 
+    # Errors and warnings come before any work.
     check_network(floats, calibration, config, skip)
     warn_of_float_weights(floats, skip)
+
+    # For each block, which layers get how many bits, and which layers' inputs.
     nothing = [{} for _ in blocks]
     bits = bits_of_layers(floats, config.bits, config.end_bits, skip)
     abits = nothing
@@ -693,38 +823,20 @@ def quantize_model(blocks, calibration: Tensor, config: ReconstructionConfig, sh
     if quantizers(model):
         leave_out_done(blocks, bits, abits, config)
 
-    passes = [(bits, nothing), (nothing, abits)] if twice else [(bits, abits)]
-    count = sum(map(bool, bits)) + (sum(map(bool, abits)) if twice else 0)    # blocks to learn
-    clock = Clock(count * config.iterations, show and config.method != "rtn")
+    # One pass for weights and inputs together (weights alone, or setting Q). Or first one for the
+    # weights, and then one for the inputs of the finished weights (setting B).
+    passes = [(bits, abits)]
+    if twice:
+        passes = [(bits, nothing), (nothing, abits)]
+    turns = sum(map(bool, bits))                                     # of blocks that learn
+    if twice:
+        turns += sum(map(bool, abits))
+    clock = Clock(turns * config.iterations, show and config.method != "rtn")
     reports = []
     for weights, inputs in passes:
         reports += one_pass(blocks[:last + 1], floats, calibration, config, weights, inputs, clock)
     model.eval()
     return reports
-
-
-def leave_out_done(blocks, bits: list, abits: list, config: ReconstructionConfig) -> None:
-    """Empty what an interrupted call has learned already in bits and abits, so that it is only run.
-    ValueError: quantizers that no call with this config has learned."""
-    done = []
-    grid = (METHODS[config.method], config.symmetric, config.per_channel)
-    for i, block in enumerate(blocks):
-        own, rounded = quantizers(block), input_quantizers(block)
-        if not own and not rounded:
-            continue
-        grids = {(type(q), q.symmetric, q.per_channel) for q in own.values()}
-        fresh = any(p.requires_grad for p in nn.ModuleList(own.values()).parameters())
-        as_asked = bits_in_place(own) == bits[i] and grids == {grid} and not fresh
-        as_asked &= bits_in_place(rounded).items() <= abits[i].items()
-        as_asked &= bool(rounded) or not config.joint                # Q learns both together
-        if not as_asked:
-            raise ValueError(f"block {i} is quantized already, and not as config says: give a "
-                             "float network (flexround.fold(block, keep=False) makes it one)")
-        bits[i] = {}
-        if rounded:
-            abits[i] = {}
-        done.append(i)
-    warnings.warn(f"blocks {done} are quantized already: we keep them and go on", stacklevel=3)
 
 
 # ---- The main job --------------------------------------------------------------------------------
@@ -774,20 +886,22 @@ def main(arguments=None) -> None:
     cpu = args.device == "cpu"
     options = {"data": args.data, "networks": args.networks or models.NETWORKS, "seed": args.seed,
                "dtype": torch.float64 if cpu else torch.float32}
-    activations = f"A{args.abits}" if args.abits else ""
-    configs = {bits: [] for bits in args.bits}                       # a wrong setting is said first
-    for bits, own in configs.items():
+    configs = {}                                                     # a wrong setting is said first
+    for bits in args.bits:
         for method in args.method:
-            own.append(ReconstructionConfig(
+            configs[bits, method] = ReconstructionConfig(
                 method, bits, start=args.start, iterations=args.iterations, lr=args.lr,
-                seed=args.seed, abits=args.abits, setting=args.setting, device=args.device))
-    jobs, rows = [], []
-    for name in args.model:
-        print(f"{name}: {models.load_task(name, **options).about}")  # then what is missing
+                seed=args.seed, abits=args.abits, setting=args.setting, device=args.device)
+    for name in args.model:                                          # then what is missing
+        print(f"{name}: {models.load_task(name, **options).about}")
+
+    # A row of the table is a network and its bits: full precision, then each method.
+    rows = list(product(args.model, args.bits))
+    jobs = []
+    for name, bits in rows:
         jobs.append((None, name, options, args.device))
-        for bits, own in configs.items():
-            rows.append((name, f"W{bits}{activations}"))
-            jobs += [(config, name, options, args.device) for config in own]
+        jobs += [(configs[bits, method], name, options, args.device) for method in args.method]
+
     # The runs do not depend on each other. On a CPU we make them side by side, in processes of one
     # thread each. This takes the least time, and the number of cores then changes no result.
     workers = min(len(jobs), multiprocessing.cpu_count(), 8) if cpu else 1
@@ -795,14 +909,13 @@ def main(arguments=None) -> None:
           f"torch {torch.__version__} on {args.device}\n")
     titles = ["network", "bits", "full precision", *(METHODS[m].__name__ for m in args.method)]
     print(f"| {' | '.join(titles)} |\n{'|---' * len(titles)}|", flush=True)
+    activations = f"A{args.abits}" if args.abits else ""
     began = time.perf_counter()
     with multiprocessing.get_context("spawn").Pool(workers, torch.set_num_threads, (1,)) as pool:
         scores = pool.imap(one_run, jobs)                            # in the order of the jobs
         for count, (name, bits) in enumerate(rows, 1):
-            if bits == rows[0][1]:                                   # the network's first row
-                full = next(scores)
-            own = " | ".join(f"{next(scores):.2f}" for _ in args.method)
-            print(f"| {name} | {bits} | {full:.2f} | {own} |", flush=True)
+            own = [f"{next(scores):.2f}" for _ in range(1 + len(args.method))]
+            print(f"| {name} | W{bits}{activations} | {' | '.join(own)} |", flush=True)
             left = (time.perf_counter() - began) * (len(rows) / count - 1)
             print(f"(about {left:.0f} s left)", file=sys.stderr, flush=True)
         pool.close()
