@@ -12,7 +12,7 @@ Each round() is followed by a clamp to the codes that b bits can hold.
 
     symbol   shape for a linear layer   shape for a convolution   starts at
     W        (C_out, C_in)              (C_out, C_in, H, W)       pre-trained, never changed
-    s1       () or (C_out, 1)           () or (C_out, 1, 1, 1)    a small |W - W_hat|, by search
+    s1       () or (C_out, 1)           () or (C_out, 1, 1, 1)    the smallest |W - W_hat| found
     S2       (C_out, C_in)              (C_out, C_in, H, W)       ones
     s3       (C_out, 1)                 (C_out, 1, 1, 1)          ones
     s4       absent                     (1, C_in, 1, 1)           ones
@@ -42,7 +42,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-# ---- The two steps that torch cannot differentiate the way we need -------------------------------
+# ---- Two steps whose gradient we define ----------------------------------------------------------
 
 class Round(torch.autograd.Function):
     """Round to the nearest integer, ties to even. The gradient passes straight through.
@@ -84,8 +84,8 @@ class Clamp(torch.autograd.Function):
 class RoundToNearest(nn.Module):
     """Round to nearest, W_hat = s1 * round(W / s1) (section 2). The other three are subclasses.
 
-    q(W) is W_hat, in W's shape. q.codes(W) are the integers that would be stored. It holds exactly
-    that W_hat = q.s1 * (q.codes(W) - q.zero_point). A rule of your own overrides integers().
+    q(W) is W_hat, in W's shape. q.codes(W) are the integers that would be stored. In eval mode
+    W_hat is exactly q.s1 * (q.codes(W) - q.zero_point). A rule of your own overrides integers().
 
     Args:
         W: the pre-trained weight, (C_out, C_in) or (C_out, C_in, H, W). We do not keep it.
@@ -95,12 +95,13 @@ class RoundToNearest(nn.Module):
         p: exponent of the error of W that the starting s1 minimises, see search_range.
         grid: (log_s1, zero_point) to start from, as search_outputs finds them. None: search_range.
 
-    ValueError: bits, p or a W that is not allowed, see code_range, search_range and check_weight.
+    ValueError: bits that are not allowed, and without a grid such a p or W as well, see code_range,
+    search_range and check_weight.
     """
 
     learns_s1 = False
     default_lr = 1e-3                # first rate of Adam. A rule that learns should have its own
-    default_s1_lr = None             # first rate of log s1. None: it is default_lr's
+    default_s1_lr = None             # first rate of log s1. None: as lr
 
     def __init__(self, W: Tensor, bits: int, symmetric: bool = True, per_channel: bool = False, *,
                  p: float = 2.0, grid: tuple[Tensor, Tensor] | None = None):
@@ -131,7 +132,7 @@ class RoundToNearest(nn.Module):
         return self.lo - self.zero_point, self.hi - self.zero_point
 
     def integers(self, W: Tensor) -> Tensor:
-        """The rule of the method: k = code - zero_point, as floating-point numbers, W's shape."""
+        """The rule of the method: k = code - zero_point, in W's dtype and shape."""
         return Clamp.apply(Round.apply(W / self.s1), *self.bounds)
 
     def forward(self, W: Tensor) -> Tensor:
@@ -167,8 +168,8 @@ class Division(torch.autograd.Function):
     @staticmethod
     def backward(ctx, s1_G):
         u, S = ctx.saved_tensors                                     # u is 0 outside the grid
-        dk_dS = -u / S                                               # -W / S^2: Proposition 3.1
-        return None, dk_dS.mul_(s1_G), None, None
+        dk_dS = -u / S                                               # -inside W / S^2
+        return None, dk_dS.mul_(s1_G), None, None                    # W, lo and hi never learn
 
 
 class FlexRound(RoundToNearest):
@@ -185,6 +186,9 @@ class FlexRound(RoundToNearest):
         dL/ds4 = sum -inside G W / (S2 s3 s4^2)        dL/ds1 = sum G (k - inside u)
 
     The gradient of a stored logarithm is the factor's times the factor: dL/dlog S2 = S2 dL/dS2.
+    Autograd adds that on the way through exp in S. Adam then divides the size of a gradient out.
+    What remains of the rule is this: a step d of a logarithm moves u by about |u| d, so a large
+    weight travels further than a small one.
 
     For the two ablations of the paper's Table 1, learn_s1=False fixes s1 at its start, and
     use_s3_s4=False leaves s3 and s4 out. They are then None, as s4 is for a linear layer.
@@ -234,8 +238,8 @@ class AdaRound(RoundToNearest):
     """Rounding by addition, up or down: W_hat = s1 * (floor(W / s1) + h(V)), Nagel et al. 2020.
 
     h is the rectified sigmoid, clamp(1.2 sigmoid(V) - 0.1, 0, 1). V starts where h(V) is the
-    fraction that floor cuts off. In train mode W_hat is soft: h lies anywhere between 0 and 1, and
-    a regulariser pushes it to one of them. In eval mode, and in codes(), h is 0 or 1. These hard
+    fraction that floor cuts off. In train mode W_hat is soft: h is anywhere between 0 and 1, and a
+    regulariser pushes it to one of them. In eval mode, and in codes(), h is 0 or 1. These hard
     codes start as round to nearest, except at exact ties, which here always go up. s1 is fixed,
     because it defines what up and down are. So AdaRound depends on a good start of s1.
 
@@ -281,10 +285,10 @@ class AdaRound(RoundToNearest):
 class AdaQuant(RoundToNearest):
     """Rounding by addition, anywhere: W_hat = s1 * round((W + V) / s1), Hubara et al. 2021.
 
-    V has W's shape and W's units and starts at zeros. s1 is learned with it, at a rate of its own,
-    because V is a weight and log s1 a logarithm: what is a large step for one is a small step for
-    the other. With G = dL/dW_hat we have dL/dV = inside G: it does not matter how large the weight
-    is, which is the paper's point.
+    V has W's shape and W's units and starts at zeros. s1 is learned with it. It has a rate of its
+    own (s1_lr), because V is a weight and log s1 a logarithm: what is a large step for one is a
+    small step for the other. With G = dL/dW_hat we have dL/dV = inside G: it does not matter how
+    large the weight is, which is the paper's point.
     """
 
     learns_s1 = True
@@ -406,7 +410,7 @@ def search_outputs(layer: nn.Module, inputs: list[Tensor], bits: int, symmetric:
 
 
 def best_grid(rows: Tensor, lo: int, hi: int, symmetric: bool, error) -> tuple[Tensor, Tensor]:
-    """The grid of each row of (C, n) with the smallest error: log_s1 and zero_point, (C, 1).
+    """The best grid that we try for each row of (C, n): log_s1 and zero_point, both (C, 1).
 
     error(log_s1, zero_point) takes two tensors (C, 1) and returns one. We start at min-max, the
     smallest grid that clips nothing, and shrink it: the best of 32 steps of 10 %, then the best of
@@ -503,15 +507,15 @@ def quantize_layers(block: nn.Module, config, layer_bits: dict[str, int] | None 
                     x: Tensor | None = None) -> dict[str, RoundToNearest]:
     """Put a quantizer on the weight of each nn.Linear and nn.Conv2d of a block, in place.
 
-    W_hat starts as round to nearest's (AdaRound's in eval mode). fold() makes it permanent. We make
-    all quantizers before we place the first, so that an error leaves the block unchanged.
+    W_hat starts as round to nearest (AdaRound's does so in eval mode). fold() makes it permanent.
+    We make all quantizers before we place the first, so that an error leaves the block unchanged.
 
     Args:
         block: any module, float. A single layer is a block as well, and its name is then ''.
         config: a reconstruct.ReconstructionConfig: method, bits, grid and FlexRound's switches.
         layer_bits: the bits of single layers, by their name within the block.
         skip: names within the block that stay as they are.
-        x: (N, ...) float inputs of the block. Needed for config.start = "outputs".
+        x: (N, ...) the block's full-precision inputs. Needed for config.start = "outputs".
 
     Returns the quantizers by the name of their layer. ValueError: layer_bits names an unknown
     layer, x is missing, a weight that check_weight refuses, or as quantizable_layers.
@@ -565,12 +569,13 @@ def layer_inputs(block: nn.Module, layers: dict[str, nn.Module], x: Tensor) -> d
 
 
 def fold(module: nn.Module, keep: bool = True) -> nn.Module:
-    """Remove the quantizers of a module, in place, and leave W_hat as the plain weight. Return it.
+    """Remove the quantizers of a module, in place, and leave W_hat as the plain weight. Return the
+    module.
 
     Afterwards the classes and the keys of state_dict are the float module's. Each weight is q(W)
-    with hard codes, to the last bit, in a new Parameter (a layer that shared the old one keeps it).
-    keep=False puts the float weight back instead. Quantizers of inputs are removed as well, with a
-    warning, because a plain layer cannot round its input.
+    with hard codes, to the last bit, in a new Parameter. Another module that used the float
+    Parameter keeps it. keep=False puts the float weight back instead. Quantizers of inputs are
+    removed as well, with a warning if keep is True, because a plain layer cannot round its input.
     """
     if input_quantizers(module) and keep:
         warnings.warn("folded layers get float inputs again", stacklevel=2)
@@ -580,15 +585,17 @@ def fold(module: nn.Module, keep: bool = True) -> nn.Module:
         quantizer.eval()                                             # AdaRound: hard codes
         W = layer.parametrizations.weight.original
         W_hat = layer.weight.detach().clone()
-        # A deep copy shares the class that torch injected. Removing a parametrization takes the
-        # property `weight` off that class, and so off the copy. We give the layer its own first.
+        # torch made a class for this layer, with a property `weight` that computes W_hat. Deep
+        # copies of the layer share that class. Removing the parametrization deletes the property
+        # from the class, and so for each copy. We therefore give this layer a class of its own.
+        # type() makes __dict__ and __weakref__ anew.
         injected = type(layer)
         body = {k: v for k, v in vars(injected).items() if k not in ("__dict__", "__weakref__")}
         layer.__class__ = type(injected.__name__, injected.__bases__, body)
         parametrize.remove_parametrizations(layer, "weight", leave_parametrized=False)
         if keep:
             layer.weight = nn.Parameter(W_hat, W.requires_grad)
-        # torch has appended the weight. We put the other parameters behind it, as they were.
+        # torch has put the weight last. state_dict shall have it first again, as before.
         others = [key for key in layer._parameters if key != "weight"]
         for key in others:
             layer._parameters[key] = layer._parameters.pop(key)
@@ -673,7 +680,7 @@ def quantize_inputs(block: nn.Module, x: Tensor, bits: dict[str, int], symmetric
     products within attention, softmax and norms stay float.
 
     Args:
-        block: run on x and on more, as it is.
+        block: run on x and on more, in its current mode.
         x: (N, ...) inputs of the block, on its device. Steps and zero points start on these.
         bits: of each layer's input, by the layer's name in the block.
         symmetric, p, drop: as LSQ.of takes them.
@@ -690,7 +697,7 @@ def quantize_inputs(block: nn.Module, x: Tensor, bits: dict[str, int], symmetric
     with parametrize.cached():                                       # quantize each weight once
         calls = layer_inputs(block, layers, x)
         negative = {name: holds_negative(parts) for name, parts in calls.items()}
-        for batch in more if symmetric else ():                      # other grids ask for no sign
+        for batch in more if symmetric else ():                      # asymmetric: no sign needed
             for name, parts in layer_inputs(block, layers, batch).items():
                 negative[name] |= holds_negative(parts)
     made = {}

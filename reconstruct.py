@@ -6,7 +6,7 @@ The objective of section 3.1, one block at a time, over a few calibration inputs
 
     X        x_fp   the block's input when every earlier block is full precision
     X_tilde  x_q    the block's input when every earlier block is quantized
-             y_fp   block(X), the target: taken just before the block's layers are quantized
+             y_fp   block(X), the target: taken before the block's layers are quantized
 
 So the whole driver, one_pass below, is this loop:
 
@@ -28,10 +28,10 @@ error. If we learned the whole network at once, a few hundred inputs would not b
 How we differ from the paper and from the authors' code, and why
 
 - We evaluate the start and four later states on all calibration inputs, and keep the best. So the
-  result is never worse than round to nearest there. (On white noise the last state is worse.)
+  result is never worse than round to nearest there.
 - All methods share the optimizer (Adam, cosine decay to 0), the iterations and the batches. Rates,
-  and what only one method has, are each method's own, and we searched all of them. The paper gives
-  AdaRound and AdaQuant BRECQ's settings.
+  and what only one method has, are each method's own, and we searched all of them. The paper uses
+  BRECQ's settings for AdaRound and AdaQuant.
 - The paper states neither the loss's reduction nor the rate's schedule. We follow the authors'
   code. But it always sums over dim 1, which for a GPT is the tokens: see block_loss.
 """
@@ -42,7 +42,7 @@ import multiprocessing
 import sys
 import time
 import warnings
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import product
 
@@ -54,7 +54,7 @@ from torch.nn.utils import parametrize
 import flexround
 from flexround import METHODS, code_range, input_quantizers, quantizable_layers, quantizers
 
-STEP_LR = 4e-4           # first rate of activations' steps: section 4's in B. In Q it has 4e-5
+STEP_LR = 4e-4           # first rate of activations' steps. Section 4: 4e-4 in B, 4e-5 in Q
 QDROP = 0.5              # section 4: with this probability setting Q keeps a float value
 START_INPUTS = 64        # calibration inputs that start = "outputs" looks at
 
@@ -66,27 +66,27 @@ class ReconstructionConfig:
     """All settings of a reconstruction. A ValueError names the one that is not allowed."""
 
     method: str = "flexround"        # a key of flexround.METHODS
-    bits: int = 4                    # of a weight, 2 to 8. The paper's CNNs have 4, 3 and 2
+    bits: int = 4                    # bits of a weight, 2 to 8. The paper's CNNs: 4, 3 and 2
     symmetric: bool = True           # the grid. In the paper it is symmetric for CNNs only
     per_channel: bool = False        # an s1 for each output channel. In the paper LLaMA only
-    start: str = "weights"           # of s1: the least error of the weights, or of the "outputs"
-    p: float = 2.0                   # exponent of the weights' error. 2 is the paper's
+    start: str = "weights"           # s1 starts at the least error of "weights" or of "outputs"
+    p: float = 2.0                   # exponent of the weights' error. The paper's is 2
     learn_s1: bool = True            # FlexRound only. False is ablation 1 of Table 1
     use_s3_s4: bool = True           # FlexRound only. False is ablation 2 of Table 1
-    iterations: int = 1000           # per block. Section 4: 5,000 for CNNs, 500 for language models
-    batch_size: int = 32             # inputs per iteration. 32 is BRECQ's for CNNs
-    lr: float | None = None          # first rate. None is the method's default_lr
-    s1_lr: float | None = None       # of log s1. None is the method's default_s1_lr, or as lr
-    reg_weight: float | None = None  # AdaRound only. None is its default_reg_weight
-    seed: int = 0                    # of the batches, and of what is dropped
-    input_drop: float = 0.0          # share of x_fp in a block's input. 0 is X_tilde, 1 is X
-    channel_dim: int | None = None   # of a block's output. None: see block_loss
-    abits: int | None = None         # of what each quantized layer takes as input. None is float
-    setting: str = "B"               # B learns weights, then steps. Q learns both, and drops
-    step_lr: float | None = None     # first rate of a step's logarithm. None is STEP_LR
-    end_bits: int | None = 8         # of the first and the last layer. None: as the others
-    device: str | None = None        # each block is moved there for its turn. None: it stays
-    cache_device: str | None = None  # of the cached activations. None: where blocks compute
+    iterations: int = 1000           # for each block. The paper: 500 (GPTs) to 20,000 (GLUE)
+    batch_size: int = 32             # inputs in an iteration. BRECQ's for CNNs is 32
+    lr: float | None = None          # first rate. None: the method's default_lr
+    s1_lr: float | None = None       # first rate of log s1. None: the method's default, or as lr
+    reg_weight: float | None = None  # AdaRound only. None: its default_reg_weight
+    seed: int = 0                    # decides the batches, and which values are dropped
+    input_drop: float = 0.0          # share of X in a block's input, the rest is X_tilde (B only)
+    channel_dim: int | None = None   # the channels of a block's output. None: see block_loss
+    abits: int | None = None         # bits of each quantized layer's input. None: it stays float
+    setting: str = "B"               # with abits. B: weights, then steps. Q: both at once, QDrop
+    step_lr: float | None = None     # first rate of a step's logarithm. None: STEP_LR
+    end_bits: int | None = 8         # bits of the first and the last layer. None: as the others
+    device: str | None = None        # blocks compute there in turn. None: where the first one is
+    cache_device: str | None = None  # holds the activations. None: the device that computes
 
     def __post_init__(self):
         def need(name, fits, allowed):
@@ -143,7 +143,8 @@ class ReconstructionConfig:
 
 @dataclass
 class BlockReport:
-    """What became of one block. Losses are block_loss on all of x_q, with hard codes."""
+    """What became of one block. Losses are block_loss on all of x_q, with hard codes, except those
+    of history."""
 
     index: int                               # the block's place in the list
     bits: dict[str, int]                     # of each quantized layer, by its name in the block
@@ -167,15 +168,15 @@ class BlockReport:
 
 # ---- One block -----------------------------------------------------------------------------------
 #
-# From here on we follow one block through its turn. The order is: what the loss is, which
-# parameters learn, how one iteration runs, and how we decide which state is kept.
+# The order is: what the loss is, which parameters learn, how one iteration runs, and how we decide
+# which state is kept.
 
 def block_loss(y: Tensor, y_fp: Tensor, channel_dim: int | None = None) -> Tensor:
     """The squared error, summed over channels and averaged over the rest. Returns a scalar.
 
     channel_dim says which dim the channels are. None is dim 1 of a convolution's (N, C, H, W), and
     the last dim of anything else, such as (N, C) or a GPT's (B, T, C). An output (N,) has no
-    channels, and the mean is all. For other orders, such as (N, H, W, C) or (N, C, L), say it.
+    channels, and the mean is all. For other orders, such as (N, H, W, C) or (N, C, L), pass it.
     ValueError where the shapes differ.
     """
     if y.shape != y_fp.shape:
@@ -188,8 +189,8 @@ def block_loss(y: Tensor, y_fp: Tensor, channel_dim: int | None = None) -> Tenso
         y, y_fp = y.float(), y_fp.float()
 
     # mse_loss is the mean over all elements. Times the number of channels, it is the sum over
-    # channels and the mean over inputs and positions. The factor does not move the minimum. It
-    # gives the loss the authors' unit, in which they state their rates.
+    # channels and the mean over inputs and positions. The factor moves no minimum, and Adam divides
+    # it out. We keep it because printed losses can then be compared with those of other code.
     return F.mse_loss(y, y_fp) * channels
 
 
@@ -238,8 +239,11 @@ def learned_parameters(block: nn.Module, config: ReconstructionConfig) -> tuple[
 
 @contextmanager
 def learning(block: nn.Module, learned: list[nn.Parameter], seed: int):
-    """Within, only `learned` requires a gradient, and torch's generator, which draws what drops, is
-    seeded. Afterwards both are as before, the quantizers are frozen, the block is in eval mode."""
+    """Within, only `learned` requires a gradient, and the generator that drops values is seeded.
+
+    Afterwards random numbers go on as if nothing had happened, your parameters require a gradient
+    again where they did, the quantizers are frozen, and the block is in eval mode.
+    """
     # Quantizers are ours, and we freeze them at the end. All other parameters are yours: we note
     # which of them required a gradient, and give that back.
     own = set()
@@ -247,8 +251,8 @@ def learning(block: nn.Module, learned: list[nn.Parameter], seed: int):
         own.update(q.parameters())
     before = [(p, p.requires_grad) for p in block.parameters() if p not in own]
 
-    # Each device has a generator of its own. We seed that of the block's device. fork_rng puts its
-    # state back at the end, so that we do not disturb the random numbers of your program.
+    # CPU and CUDA have generators of their own. fork_rng puts the state back at the end, so that we
+    # do not disturb the random numbers of your program.
     device = device_of([block])
     devices, generator = [], torch.default_generator
     if device.type == "cuda":
@@ -273,8 +277,8 @@ def learning(block: nn.Module, learned: list[nn.Parameter], seed: int):
 def make_optimizer(block: nn.Module, factors: list, steps: list, config: ReconstructionConfig):
     """Adam with a first rate for each kind of parameter: log s1, other factors, activations' steps.
 
-    The authors' code uses Adam with one rate. We searched that of log s1 on its own: AdaQuant's V
-    has the unit of a weight and log s1 has none, and a step of s1 moves all weights at once.
+    The authors' code uses Adam with one rate. We searched the rate of log s1 on its own, because a
+    step of s1 moves all weights of a layer at once.
     """
     s1s = []
     for q in quantizers(block).values():
@@ -295,16 +299,16 @@ def make_iteration(block: nn.Module, x_q: Tensor, y_fp: Tensor, config: Reconstr
     """Return iterate(i), which runs iteration i (from 0) of a block and returns its batch's loss.
 
     The loss stays on the device as a scalar tensor, so that nothing waits for the device. The
-    arguments are those of reconstruct_block, and start_loss, the loss of round to nearest.
+    arguments are those of reconstruct_block, and start_loss, the loss before learning.
     """
-    # First what all iterations share. iterate itself follows below, and it is short.
+    # First what all iterations share. iterate itself follows below.
     device, total = device_of([block]), config.iterations
     factors, steps = learned_parameters(block, config)
     optimizer = make_optimizer(block, factors, steps, config)
 
-    # Each batch is a fresh draw from all inputs, without repeats. So no input is always seen
-    # together with the same others. All methods draw the same batches, because only the seed and
-    # the block's place decide. A method is then not better because its batches were easier.
+    # Each batch is a fresh draw from all inputs, so that no input is always seen together with the
+    # same others. All methods draw the same batches: no method can be better because its batches
+    # were easier.
     draw = torch.Generator().manual_seed(1000 * config.seed + index)
     batches = [torch.randperm(len(x_q), generator=draw)[:config.batch_size] for _ in range(total)]
     batches = torch.stack(batches).to(x_q.device)                    # (iterations, batch)
@@ -318,7 +322,7 @@ def make_iteration(block: nn.Module, x_q: Tensor, y_fp: Tensor, config: Reconstr
         count = sum(q.V.numel() for q in regularised)
         reg_weight = config.default("reg_weight") * start_loss / count
 
-    # In setting Q the steps of activations drop as well: see flexround.LSQ.
+    # In setting Q the inputs of layers are sometimes left unrounded: see flexround.LSQ.
     dropping = [q for q in input_quantizers(block).values() if q.drop > 0]
 
     def drawn(tensor, i):
@@ -340,22 +344,21 @@ def make_iteration(block: nn.Module, x_q: Tensor, y_fp: Tensor, config: Reconstr
         if config.drop > 0:
             x = torch.where(torch.rand(x.shape, device=device) < config.drop, drawn(x_fp, i), x)
 
-        # 4. The loss: the objective of section 3.1. evaluate has left the block in eval mode. In
-        # train mode AdaRound is soft, and LSQ drops. The other rules know no difference, and
-        # dropout and batch norm of the block itself stay in eval mode.
+        # 4. The loss: the objective of section 3.1. To evaluate, reconstruct_block puts the block
+        # into eval mode, and its own dropout and batch norm stay so. But here AdaRound has to be
+        # soft and LSQ has to drop, which they do in train mode. The other rules have no modes.
         for q in regularised + dropping:
             q.train()
-        # block(x) computes W_hat from W and the factors, so that gradients reach the factors. In
-        # the second pass of B no factor changes: there we quantize each weight only once.
-        with nullcontext() if factors else parametrize.cached():
-            loss = block_loss(block(x), y, config.channel_dim)
-        # share is 0 for the first fifth and 1 afterwards. beta falls, and pulls h to 0 or 1.
+        # Each layer computes W_hat from W and its factors, so that gradients reach the factors.
+        loss = block_loss(block(x), y, config.channel_dim)
+        # AdaRound's regulariser: share is 0 for the first fifth of the iterations and 1 afterwards.
+        # It pulls h to 0 or 1, of more and more weights as beta falls.
         share, beta = flexround.AdaRound.schedule(i / total)
         for q in regularised:
             loss = loss + share * reg_weight * q.regulariser(beta)
 
-        # 5. The step. The gradient has passed round() (flexround.Round says how), and in FlexRound
-        # the reciprocal rule.
+        # 5. The step. backward() passes through round() (flexround.Round says how), and in
+        # FlexRound by the reciprocal rule (flexround.Division).
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -397,7 +400,7 @@ def reconstruct_block(block: nn.Module, x_q: Tensor, y_fp: Tensor, config: Recon
 
     Why the best of five states. At the start and after each quarter of the iterations we evaluate
     all of the calibration set, because single batches differ too much in difficulty. At the end we
-    keep the state with the smallest loss. So a rate that is too large costs time, but no accuracy.
+    keep the state with the smallest loss. So a block never ends worse than it began.
 
     Why hard codes. We evaluate with the codes that will be stored. AdaRound learns with soft ones:
     while h is between 0 and 1 its loss can be small, and it may still be large once h is 0 or 1.
@@ -414,8 +417,10 @@ def reconstruct_block(block: nn.Module, x_q: Tensor, y_fp: Tensor, config: Recon
         progress: called as progress(iterations done, last evaluated loss) after each iteration.
 
     Raises:
-        FloatingPointError: a loss that is not finite. On any exception the factors are as before.
-        ValueError: other quantizers than config's, or within parametrize.cached().
+        FloatingPointError: a loss that is not finite. On any exception the factors have their old
+            values.
+        ValueError: other quantizers than config's, x_fp is missing, block(x_q) and y_fp differ in
+            shape, or within parametrize.cached().
     """
     began = time.perf_counter()
     factors, steps = learned_parameters(block, config)
@@ -424,7 +429,8 @@ def reconstruct_block(block: nn.Module, x_q: Tensor, y_fp: Tensor, config: Recon
     if learned and parametrize._cache_enabled:
         raise ValueError("within parametrize.cached() nothing can be learned: leave it first")
     if config.drop > 0 and x_fp is None:
-        raise ValueError(f"input_drop = {config.drop} needs x_fp, the full-precision input")
+        raise ValueError(f"x_fp is missing: with probability {config.drop} the full-precision "
+                         "input is needed (input_drop, or setting Q)")
     if config.batch_size > len(x_q) and learned:
         warnings.warn(f"batch_size = {config.batch_size}, but there are only {len(x_q)} inputs",
                       stacklevel=2)
@@ -440,8 +446,8 @@ def reconstruct_block(block: nn.Module, x_q: Tensor, y_fp: Tensor, config: Recon
 
     with learning(block, learned, 1000 * config.seed + index):       # a seed for each block
         try:
-            # The start: all factors as they were placed, which is round to nearest. It is the first
-            # candidate. In eval mode codes are hard, and nothing drops.
+            # The start: all factors as they were placed, so the rule is round to nearest. It is the
+            # first candidate. In eval mode codes are hard, and nothing drops.
             block.eval()
             loss = evaluate(block, x_q, y_fp, config)
             check_finite([], loss, index, config)
@@ -453,7 +459,7 @@ def reconstruct_block(block: nn.Module, x_q: Tensor, y_fp: Tensor, config: Recon
             for done in range(1, total + 1):
                 history[done - 1] = iterate(done - 1)
 
-                # Four times: evaluate as in use, and remember the state if it is the best one yet.
+                # At the marks: evaluate as in use, and remember the state if it is the best yet.
                 if done in marks:
                     block.eval()
                     loss = evaluate(block, x_q, y_fp, config)
@@ -480,8 +486,8 @@ def bits_in_place(found: dict[str, nn.Module]) -> dict[str, int]:
 
 # ---- Before any work: which layers, how many bits, what we refuse --------------------------------
 #
-# Section 3 goes on at `run`, and you may skip to it. These functions are for whoever brings an own
-# network: a run of an hour should not end with an error that was there from the beginning.
+# Section 3 goes on at `run`, and you may skip to it. These functions are for readers who bring
+# their own network: a run of an hour should not end with an error that was there from the start.
 
 def bits_of_layers(blocks, bits: int, end_bits: int | None, skip=()) -> list[dict[str, int]]:
     """How many bits each layer gets: for each block a dictionary from layer name to bits.
@@ -547,7 +553,7 @@ def check_block(block: nn.Module, x: Tensor, index: int, learned: list[str]) -> 
 
     We run it on the first input, on both, and on the first again. Its output for the first has to
     be the same each time, because we cut batches along dim 0 and draw them at random. And a
-    gradient has to reach the weights of the layers that are learned.
+    gradient has to reach at least one of the layers that are learned.
     """
     with torch.no_grad():
         y = block(x[:1].clone())
@@ -578,8 +584,8 @@ def check_block(block: nn.Module, x: Tensor, index: int, learned: list[str]) -> 
 
 def warn_of_float_weights(blocks, skip=()) -> None:
     """Warn of weights that stay float, where somebody might expect otherwise: batch norm, and what
-    is neither a layer that we quantize or skip nor an embedding, if it is more than 3 % of the
-    weights."""
+    is neither a layer that we quantize or skip nor an embedding, if it is more than 3 % of all
+    parameters."""
     model = nn.ModuleList(blocks)
     known = {id(layer.weight) for layer in quantizable_layers(model, skip).values()}
     norms = []
@@ -601,7 +607,8 @@ def warn_of_float_weights(blocks, skip=()) -> None:
 
 
 def warn_of_end_bits(blocks, bits: list[dict[str, int]], config: ReconstructionConfig) -> None:
-    """Warn where end_bits go to no layer, or to all layers."""
+    """Warn where the first or the last block has no parameters, so that no layer of it can get
+    end_bits, or where all layers get them."""
     if config.end_bits is None:
         return
     for i in (0, len(blocks) - 1):
@@ -616,8 +623,9 @@ def warn_of_end_bits(blocks, bits: list[dict[str, int]], config: ReconstructionC
 
 
 def leave_out_done(blocks, bits: list, abits: list, config: ReconstructionConfig) -> None:
-    """Empty what an interrupted call has learned already in bits and abits, so that it is only run.
-    ValueError: quantizers that no call with this config has learned."""
+    """Empty the entries of bits and abits whose blocks an interrupted call has learned already, so
+    that one_pass only runs these blocks. ValueError: quantizers of another method, grid or number
+    of bits than config's, or not frozen."""
     done = []
     grid = (METHODS[config.method], config.symmetric, config.per_channel)
     for i, block in enumerate(blocks):
@@ -670,7 +678,7 @@ def run(block: nn.Module, x: Tensor, batch_size: int, device, cache_device) -> T
     """block(x) for all of x, a batch at a time. The result is on cache_device.
 
     A whole calibration set at once would need too much memory inside the block. Its outputs alone
-    fit more often, and cache_device = "cpu" is for those that do not.
+    usually fit. If they do not, use cache_device = "cpu".
     """
     outputs = []
     with parametrize.cached():                                       # quantize each weight once
@@ -687,15 +695,17 @@ def place_quantizers(block: nn.Module, x_q: Tensor, x_fp: Tensor, config: Recons
     Afterwards the block computes with W_hat in place of W. At first that is round to nearest.
     """
     device = device_of([block])
-    # Activations first, because their steps start on what the float layers take as input. The
-    # inputs come a batch at a time. Steps that are new drop nothing yet.
+    # Activations first: their steps start from inputs that no new W_hat has changed. The first
+    # batch decides the step, and all batches whether a sign is needed. New LSQs are in train mode.
+    # In eval mode they drop nothing while quantize_layers runs the block.
     if abits:
         batches = (xs.to(device) for xs in x_q.split(config.batch_size))
         drop = QDROP if config.joint else 0.0
         flexround.quantize_inputs(block, next(batches), abits, config.symmetric, config.p, drop,
                                   batches)
         block.eval()
-    # Then weights. With start = "outputs" the first inputs decide which s1 a layer starts from.
+    # Then weights. start = "outputs" compares what a layer returns with W_hat and with W. We do
+    # that on float inputs, so that the start does not depend on the blocks before.
     if bits:
         skip = {name for name, _ in block.named_modules() if name not in bits}
         flexround.quantize_layers(block, config, bits, skip, x_fp[:START_INPUTS].to(device))
@@ -703,8 +713,8 @@ def place_quantizers(block: nn.Module, x_q: Tensor, x_fp: Tensor, config: Recons
 
 @contextmanager
 def moved(device: torch.device, home: torch.device, *modules: nn.Module):
-    """Within, the modules are on device. Afterwards, after an exception as well, they are home. So
-    a GPU has to hold one block at a time, and not the network."""
+    """Within, the modules are on device. Afterwards they are home, also after an exception. So a
+    GPU has to hold one block at a time, and not the network."""
     try:
         for module in modules:
             module.to(device)
@@ -716,8 +726,9 @@ def moved(device: torch.device, home: torch.device, *modules: nn.Module):
 
 @contextmanager
 def undone_on_failure(block: nn.Module, weights: bool):
-    """On any exception within, the block is as it was: no steps, and if weights, no rules either.
-    A block is then learned as a whole or not at all, and the same call can go on behind it."""
+    """After an exception within, remove what place_quantizers has placed: steps, and if weights is
+    True the rules. So a block is learned as a whole or not at all, and if you call quantize_model
+    again it continues at this block."""
     try:
         yield
     except BaseException:                                            # an interrupt as well
@@ -748,7 +759,7 @@ def one_pass(blocks, floats, calibration: Tensor, config: ReconstructionConfig,
         block.eval()
         floats[i].eval()
         with moved(device, home, block, floats[i]):
-            # The target comes first, while the block is full precision.
+            # The target comes first, before we quantize the block (it may be floats[i] itself).
             y_fp = run(floats[i], x_fp, config.batch_size, device, cache)
 
             # Learn on x_q: what this block will get in use, the errors of earlier blocks included.
@@ -757,11 +768,12 @@ def one_pass(blocks, floats, calibration: Tensor, config: ReconstructionConfig,
                     place_quantizers(block, x_q, x_fp, config, bits[i], abits[i])
                     report = reconstruct_block(block, x_q, y_fp, config, x_fp, i, clock.iteration)
                 for q in input_quantizers(block).values():
-                    q.drop = 0.0                                     # learned: nothing drops now
+                    q.drop = 0.0                     # not even if you call net.train() later
                 reports.append(report)
                 clock.block(report)
 
-            # Both streams pass the block: one its float copy, the other what we have learned.
+            # Both streams move on: one through the float block, which is the target that we have,
+            # the other through the block with what it has learned.
             x_fp, x_q = y_fp, run(block, x_q, config.batch_size, device, cache)
     return reports
 
@@ -778,14 +790,16 @@ def quantize_model(blocks, calibration: Tensor, config: ReconstructionConfig, sh
 
     Args:
         blocks: a list or nn.ModuleList of Tensor -> Tensor modules which, one after the other, are
-            the network. Any network that can be given so will do. Fold batch norm first.
+            the network. Fold batch norm first.
         calibration: (N, ...) inputs of the first block, on any device, in no particular order.
         config: see ReconstructionConfig.
-        show: print a line a block, and in long blocks one every ten seconds, with the time left.
+        show: print a line for each block that learns, and in long blocks one every ten seconds,
+            with the time left.
         skip: layers that stay float, by the name "<block>.<layer>".
 
     Returns:
-        A report for each block that was learned. In setting B a second one for each, of its steps.
+        A report for each block that was learned. With abits, setting B has a second report for
+        each block, of its steps (but not with rtn).
 
     Raises:
         ValueError: as check_network, or quantizers in place that are not config's. This comes
@@ -796,8 +810,8 @@ def quantize_model(blocks, calibration: Tensor, config: ReconstructionConfig, sh
     blocks = list(nn.ModuleList(blocks))
     model = nn.ModuleList(blocks)
 
-    # Setting B goes through the blocks twice: weights, then steps. Round to nearest learns nothing,
-    # so one pass is enough.
+    # weights alone; setting Q; round to nearest    one pass
+    # abits in setting B                            two passes: first weights, then steps
     twice = config.abits is not None and not config.joint and config.method != "rtn"
 
     # Targets come from a float network. In one pass that is the network itself, because each block
@@ -823,13 +837,10 @@ def quantize_model(blocks, calibration: Tensor, config: ReconstructionConfig, sh
     if quantizers(model):
         leave_out_done(blocks, bits, abits, config)
 
-    # One pass for weights and inputs together (weights alone, or setting Q). Or first one for the
-    # weights, and then one for the inputs of the finished weights (setting B).
     passes = [(bits, abits)]
-    if twice:
-        passes = [(bits, nothing), (nothing, abits)]
     turns = sum(map(bool, bits))                                     # of blocks that learn
     if twice:
+        passes = [(bits, nothing), (nothing, abits)]
         turns += sum(map(bool, abits))
     clock = Clock(turns * config.iterations, show and config.method != "rtn")
     reports = []
@@ -851,7 +862,7 @@ def parser() -> argparse.ArgumentParser:
     add("--abits", type=int, help="of each layer's input, 2 to 8. None: weights only")
     add("--setting", default="B", help="with --abits: B or Q")
     add("--start", default="outputs", help="of s1: the least error of the outputs or the weights")
-    add("--iterations", type=int, default=250, help="per block. The paper has 5,000 for CNNs")
+    add("--iterations", type=int, default=250, help="per block. The paper's CNNs: 5,000")
     add("--lr", type=float, help="first rate. None: each method's default_lr")
     add("--seed", type=int, default=0, help="of the calibration inputs and of the batches")
     add("--data", help="resnet20: folder of CIFAR-10's binary files, maybe with the checkpoint")
@@ -864,8 +875,8 @@ def one_run(job) -> float:
     """Score one network with one config (None: full precision).
 
     On a CPU we compute in float64. Processors add up in different orders. In float32 the noise of
-    that, 1e-8, flips a rounding now and then, and training makes it larger. In float64 it is 1e-16,
-    and each processor finds the same codes.
+    that, about 1e-7, flips a rounding now and then, and training makes it larger. In float64 it is
+    1e-16, and each processor finds the same codes.
     """
     import models
     config, name, options, device = job
@@ -886,13 +897,13 @@ def main(arguments=None) -> None:
     cpu = args.device == "cpu"
     options = {"data": args.data, "networks": args.networks or models.NETWORKS, "seed": args.seed,
                "dtype": torch.float64 if cpu else torch.float32}
-    configs = {}                                                     # a wrong setting is said first
+    configs = {}                                                     # first report wrong settings
     for bits in args.bits:
         for method in args.method:
             configs[bits, method] = ReconstructionConfig(
                 method, bits, start=args.start, iterations=args.iterations, lr=args.lr,
                 seed=args.seed, abits=args.abits, setting=args.setting, device=args.device)
-    for name in args.model:                                          # then what is missing
+    for name in args.model:                                          # then missing files
         print(f"{name}: {models.load_task(name, **options).about}")
 
     # A row of the table is a network and its bits: full precision, then each method.

@@ -2039,7 +2039,7 @@ def test_bad_inputs_of_one_block():
     block, x, y, config = prepared()
     for net, own, message in (
             (block[:1], config, "its target has"), (small_block(), config, "no quantizers"),
-            (block, replace(config, input_drop=0.5), "needs x_fp"),
+            (block, replace(config, input_drop=0.5), "x_fp is missing"),
             (block, replace(config, method="adaround"), "holds FlexRound: adaround is needed")):
         with pytest.raises(ValueError, match=message):
             reconstruct_block(net, x, y[:, :1], own)
