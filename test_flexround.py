@@ -22,6 +22,7 @@ from torch import nn
 from torch.nn.utils import parametrize, prune
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 import flexround
 import models
@@ -1228,6 +1229,124 @@ def test_the_same_code_on_cuda():
         for a, b, c in zip(on_cpu, reports, in_turn, strict=True):
             assert b.final_loss <= b.start_loss and c.final_loss <= c.start_loss
             assert [b.start_loss, c.start_loss] == pytest.approx([a.start_loss] * 2, rel=0.2)
+
+
+class OnDevice(torch.Tensor):
+    """A tensor in the computer's memory that says it is on a GPU."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl      # Device says what results are
+    device = torch.device("cuda", 0)
+    is_cuda = True
+    numpy = None                                                     # an error, as it is on CUDA
+
+    def to(self, *args, copy=False, **kwargs):
+        device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
+        device, dtype = device or self.device, dtype or self.dtype
+        if (device.type, dtype, copy) == ("cuda", self.dtype, False):
+            return self
+        return torch.ops.aten._to_copy(self, dtype=dtype, device=device)
+
+    def cpu(self):
+        return self.to("cpu")
+
+    def tolist(self):
+        return self.cpu().tolist()
+
+
+class Device(TorchDispatchMode):
+    """Within, a CUDA device on a machine without one. It computes the CPU's bits. Like CUDA it
+    refuses operands on two devices and draws from its own generator. `waits` counts how often
+    Python waits for it: for a number, for a copy, for how many elements a mask holds."""
+
+    WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2")
+    COPIES = ("_to_copy", "copy_")
+    INDEXED = ("index", "index_put_")                                # these take a CPU's index
+
+    def __init__(self):
+        super().__init__()
+        self.waits = 0
+        self.generator = torch.Generator()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        asked = kwargs.pop("device", None)
+        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        ours = [t for t in tensors if isinstance(t, OnDevice)]
+        others = [t for t in tensors if not isinstance(t, OnDevice) and t.dim() > 0]
+        here = bool(ours) if asked is None else torch.device(asked).type == "cuda"
+        name = func.overloadpacket.__name__
+        if name in self.COPIES:
+            self.waits += here != bool(ours) or len(ours) not in (0, len(tensors))
+        elif name in self.INDEXED and ours:
+            self.waits += bool(others) or any(t.dtype == torch.bool for t in tensors[1:])
+        elif ours:
+            self.waits += name in self.WAITS
+            if others:
+                raise RuntimeError(f"{name}: operands on two devices, {others} on the CPU")
+        if here and torch.Tag.nondeterministic_seeded in func.tags:
+            if kwargs.get("generator") is not None:
+                raise RuntimeError(f"{name}: a generator on the CPU for a tensor on the device")
+            with torch.random.fork_rng([]):
+                torch.set_rng_state(self.generator.get_state())
+                result = func(*args, **kwargs)
+                self.generator.set_state(torch.get_rng_state())
+        else:
+            result = func(*args, **kwargs)
+
+        def placed(t):                                               # in place: it is where it was
+            return t if any(t is operand for operand in tensors) else t.as_subclass(OnDevice)
+
+        return tree_map_only(torch.Tensor, placed, result) if here else result
+
+
+@pytest.fixture
+def device(monkeypatch):
+    if torch.cuda.is_available():
+        pytest.skip("there is a real one")
+    device, cuda = Device(), torch.cuda
+    monkeypatch.setattr(cuda, "_lazy_init", lambda: None)
+    monkeypatch.setattr(cuda, "default_generators", [device.generator])
+    monkeypatch.setattr(cuda, "get_rng_state", lambda _: device.generator.get_state())
+    monkeypatch.setattr(cuda, "set_rng_state", lambda state, _: device.generator.set_state(state))
+    torch.__future__.set_overwrite_module_params_on_conversion(True)    # .data keeps the old class
+    yield device
+    torch.__future__.set_overwrite_module_params_on_conversion(False)
+
+
+# A network, where it is at first, settings, and the copies that an iteration waits for. (FlexRound's
+# gradient of a 1 x 1 convolution is copied inside torch, which does not know OnDevice.)
+ON_A_DEVICE = {
+    "drop": ("resnet pad", "cpu", dict(method="flexround", input_drop=0.5), 0),
+    "AdaRound": ("mobilenet", "cuda", dict(method="adaround", per_channel=True), 0),
+    "Q": ("gpt", "cpu", dict(method="adaquant", abits=4, setting="Q", symmetric=False), 0),
+    "B": ("resnet pad", "cpu", dict(method="flexround", abits=4, start="outputs",
+                                    cache_device="cpu"), 2)}
+
+
+@pytest.mark.parametrize("name, home, settings, copies", ON_A_DEVICE.values(), ids=ON_A_DEVICE)
+def test_a_device_computes_the_cpus_bits_and_no_iteration_waits(name, home, settings, copies,
+                                                                device, monkeypatch):
+    """Without a GPU nobody would see that a tensor is made on the wrong device, or that an .item()
+    in the loop makes each iteration wait."""
+    seen = []                                                        # after each iteration
+    monkeypatch.setattr(reconstruct.Clock, "iteration",
+                        lambda clock, done, loss: seen.append((done, device.waits)))
+    net, x, _ = tiny(name)
+    blocks = net.blocks[:2]
+    expected = copy.deepcopy(blocks)
+    config = replace(QUICK, iterations=8, end_bits=None, **settings)
+    there = replace(config, device="cuda:0" if home == "cpu" else None)
+    state = device.generator.get_state()
+    with device:
+        found = quantize_model(blocks.to(torch.device(home, 0)), x, there, show=False)
+    assert all(p.device.type == home for p in blocks.parameters())
+    assert torch.equal(device.generator.get_state(), state)
+    waits = [after - before for (_, before), (done, after) in zip(seen, seen[1:], strict=False)
+             if done in (3, 5, 7)]                                   # others have an evaluation
+    assert len(waits) == 3 * len(found) and set(waits) == {copies}
+    for ours, theirs in zip(found, quantize_model(expected, x, config), strict=True):
+        assert replace(ours, seconds=0) == replace(theirs, seconds=0)
+    assert equal_states(blocks.state_dict(), expected.state_dict())
 
 
 # ---- 7. The networks themselves, and their data --------------------------------------------------
