@@ -1313,8 +1313,8 @@ def device(monkeypatch):
     torch.__future__.set_overwrite_module_params_on_conversion(False)
 
 
-# A network, where it is at first, settings, and the copies that an iteration waits for. (FlexRound's
-# gradient of a 1 x 1 convolution is copied inside torch, which does not know OnDevice.)
+# A network, where it is at first, its settings, and how many copies an iteration waits for.
+# (FlexRound's gradient of a 1 x 1 convolution is copied inside torch, which knows no OnDevice.)
 ON_A_DEVICE = {
     "drop": ("resnet pad", "cpu", dict(method="flexround", input_drop=0.5), 0),
     "AdaRound": ("mobilenet", "cuda", dict(method="adaround", per_channel=True), 0),
