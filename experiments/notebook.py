@@ -4,7 +4,6 @@ import io
 
 import matplotlib.pyplot as plt
 import torch
-from IPython.display import Image
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -102,8 +101,9 @@ def seen(layer: nn.Module, X: Tensor, rules: dict):
     return fig
 
 
-def picture(fig) -> Image:
-    """The figure as a PNG of few bytes, for display."""
+def picture(fig):
+    """The figure as a PNG of few bytes, for display: IPython's Image."""
+    from IPython.display import Image  # here, because the tests run without IPython
     held = io.BytesIO()
     fig.savefig(held, format="png", pil_kwargs={"optimize": True})
     plt.close(fig)

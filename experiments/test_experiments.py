@@ -714,8 +714,9 @@ def test_a_captured_iteration_is_the_eager_one(method):
         torch.manual_seed(0)                                         # the same block twice
         block = models.fold_batchnorm(models.BasicBlock(3, 4).requires_grad_(False)).cuda()
         x = correlated(32, 3, 6, 6).cuda()
-        config = ReconstructionConfig(method, 3, iterations=50, batch_size=8, lr=1e-12)
-        y = block(x)                                                 # lr: a warm-up learns nothing
+        config = ReconstructionConfig(method, 3, iterations=50, batch_size=8, lr=1e-12,
+                                      s1_lr=1e-12)                   # a warm-up learns nothing
+        y = block(x)
         quantize_layers(block, config)
         iterate = timing.recordable_iteration(block, x, y, config, record)
         histories.append([float(iterate(i)) for i in range(50)])

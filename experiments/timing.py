@@ -29,6 +29,7 @@ from reconstruct import (
     evaluate,
     learned_parameters,
     make_iteration,
+    make_optimizer,
     run,
 )
 
@@ -79,22 +80,23 @@ def recordable_iteration(block: nn.Module, x_q: Tensor, y_fp: Tensor, config: Re
     device, total = device_of([block]), config.iterations
     factors, _ = learned_parameters(block, config)
     regularised = [q for q in quantizers(block).values() if hasattr(q, "regulariser")]
-    s1s = [q.log_s1 for q in quantizers(block).values() if q.learns_s1]
-    others = [p for p in factors if all(p is not s for s in s1s)]
-    rates = [config.default("lr"), config.default("s1_lr") or config.default("lr")]
-    now = torch.zeros(4, device=device)                              # two rates, weight and beta
-    groups = [{"params": p, "lr": rate} for p, rate in ((others, now[0]), (s1s, now[1])) if p]
-    optimizer = torch.optim.Adam(groups, fused=True, capturable=device.type == "cuda")
+    optimizer = make_optimizer(block, factors, [], config)
+    groups = optimizer.param_groups
+    now = torch.zeros(len(groups) + 2, device=device)                # rates, then weight and beta
+    weight, beta = now[-2:].unbind()
+    for i, group in enumerate(groups):
+        group["lr"] = now[i]
+        group["capturable"] = device.type == "cuda"
     draw = torch.Generator().manual_seed(1000 * config.seed)
     batches = torch.stack([torch.randperm(len(x_q), generator=draw)[:config.batch_size]
                            for _ in range(total)]).to(device)
+    count = sum(q.V.numel() for q in regularised)
     changing = []
     for i in range(total):
-        share, beta = METHODS["adaround"].schedule(i / total)
         cosine = (1 + math.cos(math.pi * i / total)) / 2
-        weight = share * (config.default("reg_weight") if regularised else 0.0)
-        weight /= max(sum(q.V.numel() for q in regularised), 1)
-        changing.append((rates[0] * cosine, rates[1] * cosine, weight, beta))
+        share, exponent = METHODS["adaround"].schedule(i / total)
+        reg_weight = share * config.default("reg_weight") / count if regularised else 0.0
+        changing.append([*(group["first"] * cosine for group in groups), reg_weight, exponent])
     changing = torch.tensor(changing, device=device)
     batch = batches[0].clone()
 
@@ -103,9 +105,8 @@ def recordable_iteration(block: nn.Module, x_q: Tensor, y_fp: Tensor, config: Re
             q.train()
         loss = block_loss(block(x_q.index_select(0, batch)), y_fp.index_select(0, batch))
         for q in regularised:
-            loss = loss + now[2] * q.regulariser(now[3])
-        for p in factors:
-            p.grad = None
+            loss = loss + weight * q.regulariser(beta)
+        optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         return loss.detach()

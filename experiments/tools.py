@@ -44,6 +44,7 @@ def rescale(net: nn.Module, spread: float, seed: int = 0) -> nn.Module:
     generator = torch.Generator().manual_seed(seed)
     for block in (b for b in net.modules() if isinstance(b, models.BasicBlock) and spread != 1):
         factor = spread ** (2 * torch.rand(block.conv1.out_channels, generator=generator) - 1)
+        factor = factor.to(block.conv1.weight.device)
         block.conv1.weight.mul_(factor.view(-1, 1, 1, 1))
         block.conv1.bias.mul_(factor)
         block.conv2.weight.div_(factor.view(1, -1, 1, 1))
