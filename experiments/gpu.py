@@ -1,11 +1,11 @@
-"""All that only a GPU can tell, in parts of a few minutes, in the order of their worth.
+"""All that only a GPU can tell, as one command of nine minutes, the most valuable first.
 
-    python -m experiments.gpu --out FOLDER --data CIFAR-10 --images IMAGENET
+    python -m experiments.gpu --out FOLDER --images IMAGENET --data CIFAR-10
 
 It has not run on a GPU yet. Each result is written to FOLDER/gpu.json as soon as it is there, so a
-run that is cut off loses one result at most. A part stops before a new result when its minutes are
-over. A single long result is not cut. The table of all results comes last. The file keeps the
-results of earlier parts.
+run that is cut off loses one result at most. All parts share one deadline. A run starts only if it
+will end in time, judged by the run before it. The table of all results comes last. The file keeps
+the results of earlier parts. Scores are without TF32.
 """
 import argparse
 import json
@@ -13,100 +13,123 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-import models
-from experiments import studies, timing, tools
-from reconstruct import ReconstructionConfig, quantize_model
+from experiments import studies, timing
 
 ROOT = Path(__file__).resolve().parent.parent
+ITERATIONS_SECONDS = 60                                              # of the part iterations
 
 
-def command(*arguments: str) -> tuple[str, float]:
-    """The last line that a command of this Python prints, and its seconds."""
+def left(args) -> float:
+    """Seconds until the deadline of all parts."""
+    return args.end - time.perf_counter()
+
+
+def command(args, log: str, *arguments: str) -> tuple[str, float]:
+    """Run this Python. All that it prints goes to FOLDER/log. Returns the last line and the
+    seconds. It is stopped at the deadline."""
     began = time.perf_counter()
-    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, text=True, capture_output=True,
-                          check=False)
-    lines = (done.stdout or done.stderr).strip().splitlines() or [""]
-    return f"{lines[-1]} (exit {done.returncode})", time.perf_counter() - began
+    path = Path(args.out, log)
+    with open(path, "w") as out:
+        try:
+            done = subprocess.run([sys.executable, *arguments], cwd=ROOT, stdout=out,
+                                  stderr=subprocess.STDOUT, timeout=max(left(args), 1), check=False)
+            end = f"exit {done.returncode}"
+        except subprocess.TimeoutExpired:
+            end = "stopped at the deadline"
+    lines = path.read_text().strip().splitlines() or [""]
+    return f"{lines[-1]} ({end})", time.perf_counter() - began
+
+
+@contextmanager
+def tf32(on: bool):
+    """Within, convolutions and matrix products use TF32 or do not. These are two switches."""
+    products, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("high" if on else "highest")
+    torch.backends.cudnn.allow_tf32 = on
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(products)
+        torch.backends.cudnn.allow_tf32 = convolutions
 
 
 # ---- The parts. Each yields (what, result, seconds) ----------------------------------------------
 
 def tests(args) -> Iterator[tuple]:
     """The tests that skip without CUDA."""
-    yield "tests with cuda in their name", *command("-m", "pytest", "-q", "-k", "cuda or captured "
-                                                    "or recorded")
+    yield "tests with cuda in their name", *command(
+        args, "tests.log", "-m", "pytest", "-q", "-rs", "-k", "cuda or captured or recorded")
 
 
 def iterations(args) -> Iterator[tuple]:
-    """Iterations beside their floor, eager and as a CUDA graph, in float32 and with TF32."""
-    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    try:
-        for precision in ("highest", "high"):                        # high: TF32
-            torch.set_float32_matmul_precision(precision)
-            torch.backends.cudnn.allow_tf32 = precision == "high"
+    """Iterations beside their floor, eager and as a CUDA graph, in float32 and then with TF32."""
+    end = time.perf_counter() + min(left(args), ITERATIONS_SECONDS)
+    for on in (False, True):
+        with tf32(on):
             began = time.perf_counter()
-            for row in timing.rows(args.device):
-                yield (f"precision {precision}", row.replace(" | ", ", "),
-                       time.perf_counter() - began)
-                began = time.perf_counter()
-    finally:
-        torch.set_float32_matmul_precision(before[0])
-        torch.backends.cudnn.allow_tf32 = before[1]
+            for row in timing.rows(args.device, rounds=5):
+                now = time.perf_counter()
+                yield "TF32" if on else "float32", row.replace(" | ", ", "), now - began
+                if 2 * now - began > end:                            # another one would end late
+                    return
+                began = now
 
 
 def study(args, data, runs: list) -> Iterator[tuple]:
     """Runs as the studies have them: score and seconds."""
+    if args.iterations is not None:
+        runs = [run._replace(config=replace(run.config, iterations=args.iterations))
+                for run in runs]
     task = studies.load(runs[0], data)                               # all are of one network
     task.net.to(args.device)
     facts = studies.facts_of("gpu", runs[0], task)
-    for number, run in enumerate(runs):
-        run = run._replace(config=replace(run.config, device=args.device))
-        _, record = studies.one_run((number, run, facts, {"data": data}))
-        if record is not None:
-            own = run.config
-            yield (f"{run.row} W{own.bits} {own.method} seed {own.seed}, {own.iterations} "
-                   "iterations", f"{record['score']:.2f} of {facts['full']:.2f}", record["seconds"])
-
-
-def resnet20(args) -> Iterator[tuple]:
-    """ResNet-20 at the paper's 5,000 iterations and at 1,000."""
-    runs = studies.grid("resnet20", studies.RTN, (4, 3, 2), (0,), iterations=1)
-    yield from study(args, args.data, runs + [
-        run for seed in range(3) for count in (5000, 1000) for run in studies.grid(
-            "resnet20", studies.THREE, (4, 3, 2), (seed,), iterations=args.iterations or count)])
+    each = 0.0                                                       # seconds of an iteration
+    for run in runs:
+        own = run.config
+        what = f"{run.row} W{own.bits} {own.method} seed {own.seed}, {own.iterations} iterations"
+        if each * own.iterations > left(args):
+            yield what, "left out: it would end late", 0.0
+            continue
+        run = run._replace(config=replace(own, device=args.device))
+        began = time.perf_counter()
+        _, record = studies.one_run((0, run, facts, {"data": data}))
+        seconds = time.perf_counter() - began                        # loading and scoring included
+        each = seconds / own.iterations
+        score = "not finite" if record is None else f"{record['score']:.2f} of {facts['full']:.2f}"
+        yield what, score, seconds
 
 
 def lite0(args) -> Iterator[tuple]:
-    """EfficientNet-Lite0 at 224 pixels, 1,000 iterations."""
-    options = studies.LITE0 | {"iterations": args.iterations or 1000}
-    yield from study(args, args.images, [run for seed in range(3) for run in studies.grid(
-        "lite0-224", studies.RTN | studies.LITE, (4, 3), (seed,), **options)])
+    """EfficientNet-Lite0 at 224 pixels with the knobs that were searched, W4, then W3."""
+    nearest = studies.grid("lite0-224", studies.RTN, (4, 3), (0,), iterations=1, samples=256,
+                           **studies.OUTPUTS)
+    learned = studies.grid("lite0-224", studies.LITE, (4, 3), (0,), iterations=1000, samples=256,
+                           **studies.OUTPUTS)
+    yield from study(args, args.images, nearest + learned)
 
 
-def gpt2(args) -> Iterator[tuple]:
-    """GPT-2 small's shape with random weights: seconds and memory, not a score."""
-    torch.manual_seed(0)
-    blocks, x = models.GPT(50257, 1024, 12, 12, 768).blocks, torch.randint(50257, (128, 1024))
-    config = ReconstructionConfig(iterations=args.iterations or 1000, batch_size=4, symmetric=False,
-                                  device=args.device)
-    began = time.perf_counter()
-    quantize_model(blocks, x if args.iterations is None else x[:4, :64], config)
-    yield (f"GPT-2 small's shape, {config.iterations} iterations", tools.peak_memory(args.device),
-           time.perf_counter() - began)
+def resnet20(args) -> Iterator[tuple]:
+    """ResNet-20 at W2, with 1,000 iterations and with the paper's 5,000."""
+    runs = []
+    for methods, count in ((studies.RTN, 1), (studies.THREE, 1000), (studies.THREE, 5000)):
+        runs += studies.grid("resnet20", methods, (2,), (0,), iterations=count, **studies.OUTPUTS)
+    yield from study(args, args.data, runs)
 
 
 def notebook(args) -> Iterator[tuple]:
     """demo.ipynb, executed into FOLDER."""
-    yield "demo.ipynb", *command("-m", "jupyter", "execute", "demo.ipynb",
-                                 f"--output={Path(args.out).resolve() / 'demo.ipynb'}")
+    yield "demo.ipynb", *command(                                    # needs no jupyter on the PATH
+        args, "notebook.log", "-c", "from nbclient.cli import main; main()", "demo.ipynb",
+        f"--output={Path(args.out).resolve() / 'demo.ipynb'}")
 
 
-PARTS = {part.__name__: part for part in (tests, iterations, resnet20, lite0, gpt2, notebook)}
+PARTS = {part.__name__: part for part in (tests, iterations, lite0, resnet20, notebook)}
 
 
 # ---- The command line ----------------------------------------------------------------------------
@@ -115,33 +138,37 @@ def main(arguments=None) -> None:
     flags = argparse.ArgumentParser(prog="python -m experiments.gpu", description=(
         "Measure what only a GPU can tell, and write each result as it comes."))
     add = flags.add_argument
-    add("--out", required=True, metavar="FOLDER", help="for gpu.json and the executed notebook")
-    add("--part", nargs="+", default=list(PARTS), choices=PARTS, help="default: all")
-    add("--data", help="folder of CIFAR-10 with ResNet-20's checkpoint")
-    add("--images", help="folder of ImageNet's images, as for the study lite0")
-    add("--minutes", type=float, default=9, help="of each part")
+    add("--out", required=True, metavar="FOLDER", help="for gpu.json, logs, the executed notebook")
+    add("--part", nargs="+", default=list(PARTS), choices=PARTS, help="in this order. Default: all")
+    add("--data", help="resnet20: folder of CIFAR-10 with ResNet-20's checkpoint")
+    add("--images", help="lite0: folder of ImageNet's images, as for the study lite0")
+    add("--minutes", type=float, default=9, help="of all parts together")
     add("--iterations", type=int, help="per block, for a trial. None: those of each part")
     add("--device", default="cuda")
     args = flags.parse_args(arguments)
+    args.end = time.perf_counter() + 60 * args.minutes
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device {args.device}: torch sees no CUDA device here")
     path = Path(args.out, "gpu.json")
     path.parent.mkdir(parents=True, exist_ok=True)
     held = json.loads(path.read_text()) if path.exists() else []
     card = torch.cuda.get_device_name(args.device) if args.device.startswith("cuda") else "CPU"
+    machine = f"{card}, torch {torch.__version__}"
+
+    def keep(part, what, result, seconds):
+        held.append({"part": part, "what": what, "result": result, "seconds": round(seconds, 1),
+                     "machine": machine})
+        path.write_text(json.dumps(held, indent=1))
+        print(f"{part}: {what}: {result} ({seconds:.0f} s)", flush=True)
+
     for name in args.part:
-        end = time.perf_counter() + 60 * args.minutes
         held = [row for row in held if row["part"] != name]          # a part is made anew
         try:
-            for what, result, seconds in PARTS[name](args):
-                held.append({"part": name, "what": what, "result": result, "seconds":
-                             round(seconds, 1), "machine": f"{card}, torch {torch.__version__}"})
-                path.write_text(json.dumps(held, indent=1))
-                print(f"{name}: {what}: {result} ({seconds:.0f} s)", flush=True)
-                if time.perf_counter() > end:
-                    break
+            with tf32(False):
+                for what, result, seconds in PARTS[name](args):
+                    keep(name, what, result, seconds)
         except Exception as problem:                                 # the other parts go on
-            print(f"{name}: {problem}", file=sys.stderr)             # the other parts go on
+            keep(name, "error", f"{type(problem).__name__}: {problem}", 0.0)
     print("\n| part | what | result | seconds | machine |\n|---|---|---|---|---|")
     for row in held:
         print("|", *(f"{row[key]} |" for key in ("part", "what", "result", "seconds", "machine")))

@@ -741,12 +741,47 @@ def test_a_gpu_session_keeps_what_it_has_measured(tmp_path, monkeypatch, capsys)
         yield "one", "1.0", 1
         yield from study(args)
     monkeypatch.setattr(gpu, "PARTS", {"a": part, "b": lambda args: [("two", "2.0", 2)] * 2})
-    study = mock.Mock(side_effect=RuntimeError("the device is gone"))
+    study = mock.Mock(side_effect=FloatingPointError("the device is gone"))
     gpu.main(["--out", str(tmp_path), "--device", "cpu"])
-    said, error = capsys.readouterr()
+    said = capsys.readouterr().out
     rows = [row["what"] for row in json.loads((tmp_path / "gpu.json").read_text())]
-    assert rows == ["one", "two", "two"] and "| b | two | 2.0 | 2" in said
-    assert error == "a: the device is gone\n"
+    assert rows == ["one", "error", "two", "two"] and "| b | two | 2.0 | 2" in said
+    assert "| a | error | FloatingPointError: the device is gone |" in said
+
+
+def test_a_gpu_session_starts_nothing_that_would_end_late(tmp_path, monkeypatch):
+    """The machine is taken back after ten minutes, and a run that is cut off tells nothing."""
+    now = [0.0]
+    monkeypatch.setattr(gpu.time, "perf_counter", lambda: now[0])
+
+    def rows(device, rounds):                                        # 25 s each: two fit in 60 s
+        for name in "abcd":
+            now[0] += 25
+            yield name
+
+    def one_run(job):                                                # 20 s for 1,000 iterations
+        now[0] += job[1].config.iterations / 50
+        return 0, {"score": 90.0}
+
+    monkeypatch.setattr(timing, "rows", rows)
+    monkeypatch.setattr(studies, "load", mock.Mock())
+    monkeypatch.setattr(studies, "facts_of", lambda *args: {"full": 91.0})
+    monkeypatch.setattr(studies, "one_run", one_run)
+    gpu.main(["--out", str(tmp_path), "--device", "cpu", "--minutes", "3",
+              "--part", "iterations", "resnet20"])
+    found = [row["result"] for row in json.loads((tmp_path / "gpu.json").read_text())]
+    assert found == ["a", "b", *["90.00 of 91.00"] * 4, *["left out: it would end late"] * 3]
+    assert now[0] < 180
+
+
+def test_a_gpu_sessions_command_keeps_its_output_and_is_stopped(tmp_path):
+    """The last line alone does not say why no test was collected."""
+    args = mock.Mock(out=tmp_path, end=gpu.time.perf_counter() + 60)
+    last, _ = gpu.command(args, "log", "-c", "print('first'); print('last'); raise SystemExit(3)")
+    assert last == "last (exit 3)" and (tmp_path / "log").read_text() == "first\nlast\n"
+    args.end = 0.0
+    last, seconds = gpu.command(args, "log", "-c", "import time; time.sleep(50)")
+    assert last == " (stopped at the deadline)" and seconds < 40
 
 
 # ---- Published networks --------------------------------------------------------------------------

@@ -185,27 +185,29 @@ def time_block(block: nn.Module, x: Tensor, config: ReconstructionConfig, rounds
             "evaluations": 5 * 32 * config.batch_size / len(x) * once}
 
 
-def rows(device: str) -> Iterator[str]:
-    """The rows of print_times, as they come: the blocks of ResNet-20 at batch 32, on CUDA and where
-    torchvision is installed those of ResNet-18, and a block of GPT-2 small's size. Weights and
+def rows(device: str, rounds: int = 20) -> Iterator[str]:
+    """The rows of print_times, as they come: the blocks of ResNet-20 at batch 32, a block of GPT-2
+    small's size, and on CUDA, where torchvision is installed, the blocks of ResNet-18. Weights and
     inputs are random, because the time does not depend on them."""
     torch.manual_seed(0)
     cuda, todo, config = device.startswith("cuda"), [], ReconstructionConfig()
-    nets = [("ResNet-20", models.ResNet(), torch.randn(256, 3, 32, 32))]
-    if cuda and importlib.util.find_spec("torchvision"):
-        from experiments.pretrained import resnet
-        nets.append(("ResNet-18", resnet("resnet18", None), torch.randn(64, 3, 224, 224)))
-    for name, net, x in nets:
+
+    def add(name, net, x):
         x = x.to(device)
         for i, block in enumerate(models.fold_batchnorm(net).to(device).blocks):
             todo.append((f"{name}, block {i}", block, x, config))
             x = run(block, x, 32, device, device)
+
+    add("ResNet-20", models.ResNet(), torch.randn(256, 3, 32, 32))
     length = 1024 if cuda else 256
     todo.append((f"GPT, 768 channels, 4 x {length} tokens",
                  models.TransformerBlock(768, 12).to(device),
                  torch.randn(8, length, 768, device=device), replace(config, batch_size=4)))
+    if cuda and importlib.util.find_spec("torchvision"):
+        from experiments.pretrained import resnet
+        add("ResNet-18", resnet("resnet18", None), torch.randn(64, 3, 224, 224))
     for name, block, x, config in todo:
-        took = time_block(block, x, config)
+        took = time_block(block, x, config, rounds)
         for kind in ("", " captured"):
             if f"iteration{kind}" in took:
                 floor, iteration = took[f"floor{kind}"], took[f"iteration{kind}"]
