@@ -1317,7 +1317,8 @@ def device(monkeypatch):
 # (FlexRound's gradient of a 1 x 1 convolution is copied inside torch, which knows no OnDevice.)
 ON_A_DEVICE = {
     "drop": ("resnet pad", "cpu", dict(method="flexround", input_drop=0.5), 0),
-    "AdaRound": ("mobilenet", "cuda", dict(method="adaround", per_channel=True), 0),
+    "AdaRound": ("mobilenet", "cuda", dict(method="adaround", symmetric=False,
+                                           per_channel=True), 0),
     "Q": ("gpt", "cpu", dict(method="adaquant", abits=4, setting="Q", symmetric=False), 0),
     "B": ("resnet pad", "cpu", dict(method="flexround", abits=4, start="outputs",
                                     cache_device="cpu"), 2)}

@@ -89,7 +89,7 @@ def study(args, data, runs: list) -> Iterator[tuple]:
     task = studies.load(runs[0], data)                               # all are of one network
     task.net.to(args.device)
     facts = studies.facts_of("gpu", runs[0], task)
-    each = 0.0                                                       # seconds of an iteration
+    each = 0.0                       # seconds of an iteration, by the last run that learned
     for run in runs:
         own = run.config
         what = f"{run.row} W{own.bits} {own.method} seed {own.seed}, {own.iterations} iterations"
@@ -100,7 +100,8 @@ def study(args, data, runs: list) -> Iterator[tuple]:
         began = time.perf_counter()
         _, record = studies.one_run((0, run, facts, {"data": data}))
         seconds = time.perf_counter() - began                        # loading and scoring included
-        each = seconds / own.iterations
+        if own.method != "rtn":
+            each = seconds / own.iterations
         score = "not finite" if record is None else f"{record['score']:.2f} of {facts['full']:.2f}"
         yield what, score, seconds
 

@@ -759,8 +759,8 @@ def test_a_gpu_session_starts_nothing_that_would_end_late(tmp_path, monkeypatch)
             now[0] += 25
             yield name
 
-    def one_run(job):                                                # 20 s for 1,000 iterations
-        now[0] += job[1].config.iterations / 50
+    def one_run(job):                                                # 8 s, and 20 s for 1,000
+        now[0] += 8 + job[1].config.iterations / 50
         return 0, {"score": 90.0}
 
     monkeypatch.setattr(timing, "rows", rows)
