@@ -1258,14 +1258,7 @@ class Device(TorchDispatchMode):
     refuses operands on two devices and draws from its own generator. `waits` counts how often
     Python waits for it: for a number, for a copy, for how many elements a mask holds."""
 
-    WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2")
-    COPIES = ("_to_copy", "copy_")
-    INDEXED = ("index", "index_put_")                                # these take a CPU's index
-
-    def __init__(self):
-        super().__init__()
-        self.waits = 0
-        self.generator = torch.Generator()
+    waits = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
@@ -1275,12 +1268,12 @@ class Device(TorchDispatchMode):
         others = [t for t in tensors if not isinstance(t, OnDevice) and t.dim() > 0]
         here = bool(ours) if asked is None else torch.device(asked).type == "cuda"
         name = func.overloadpacket.__name__
-        if name in self.COPIES:
+        if name in ("_to_copy", "copy_"):                            # from one to the other?
             self.waits += here != bool(ours) or len(ours) not in (0, len(tensors))
-        elif name in self.INDEXED and ours:
+        elif name in ("index", "index_put_") and ours:               # these take a CPU's index
             self.waits += bool(others) or any(t.dtype == torch.bool for t in tensors[1:])
         elif ours:
-            self.waits += name in self.WAITS
+            self.waits += name in ("_local_scalar_dense", "nonzero", "masked_select", "equal")
             if others:
                 raise RuntimeError(f"{name}: operands on two devices, {others} on the CPU")
         if here and torch.Tag.nondeterministic_seeded in func.tags:
@@ -1304,6 +1297,7 @@ def device(monkeypatch):
     if torch.cuda.is_available():
         pytest.skip("there is a real one")
     device, cuda = Device(), torch.cuda
+    device.generator = torch.Generator()
     monkeypatch.setattr(cuda, "_lazy_init", lambda: None)
     monkeypatch.setattr(cuda, "default_generators", [device.generator])
     monkeypatch.setattr(cuda, "get_rng_state", lambda _: device.generator.get_state())
