@@ -8,7 +8,6 @@ import json
 import os
 import re
 import runpy
-import signal
 import subprocess
 import sys
 import warnings
@@ -27,6 +26,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 import flexround
 import models
 import reconstruct
+from experiments import instructions
 from flexround import FlexRound, RoundToNearest, fold, input_quantizers, quantize_layers, quantizers
 from reconstruct import ReconstructionConfig, block_loss, quantize_model, reconstruct_block
 
@@ -2257,39 +2257,13 @@ def test_the_main_job_as_the_readme_runs_it():
     assert rows_of(done.stdout) == expected                          # to the digit: float64
 
 
-CODES = """
-import hashlib, sys, torch
-import models
-from flexround import quantizers
-from reconstruct import ReconstructionConfig, quantize_model
-torch.set_num_threads(1)
-task = models.load_task(sys.argv[1], dtype=torch.float64, samples=128)
-config = ReconstructionConfig(sys.argv[2], 2, start="outputs", iterations=60, batch_size=8)
-quantize_model(task.net.blocks, task.calibration, config, show=False)
-found = hashlib.sha256()
-for name, q in quantizers(task.net).items():
-    W = task.net.get_submodule(name).parametrizations.weight.original
-    found.update(q.codes(W).numpy().tobytes())
-print(torch.backends.cpu.get_cpu_capability(), found.hexdigest())
-"""
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("network, method", [("mobilenet", "flexround"), ("gpt", "adaquant")])
 def test_in_float64_each_instruction_set_finds_the_same_codes(network, method):
     """A reader's processor may be another one than ours, and the README promises our digits."""
-    found = {}
-    for ours, onednn, mkl in (("default", "SSE41", "SSE4_2"), ("avx2", "AVX2", "AVX2"),
-                              ("avx512", "AVX512_CORE", "AVX512")):
-        own = {"ATEN_CPU_CAPABILITY": ours, "ONEDNN_MAX_CPU_ISA": onednn,
-               "MKL_ENABLE_INSTRUCTIONS": mkl}
-        done = subprocess.run([sys.executable, "-c", CODES, network, method], cwd=HERE, text=True,
-                              capture_output=True, env={**os.environ, **own})
-        if done.returncode == -signal.SIGILL:                        # not on this processor
-            continue
-        assert done.returncode == 0, done.stderr
-        used, codes = done.stdout.split()
-        found[used] = codes
+    found = {name: instructions.run_under(name, network=network, method=method, samples=128,
+                                          iterations=60, batch_size=8)["codes"]
+             for name in instructions.sets_here()}
     if len(found) < 2:
         pytest.skip("this processor has one instruction set only")
     assert len(set(found.values())) == 1, found

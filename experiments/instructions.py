@@ -1,7 +1,7 @@
-"""Does another processor find the same codes? `python -m experiments.instructions` prints the table.
+"""Does another processor find the same codes? `python -m experiments.instructions` prints a table.
 
 It makes the main job's runs under each instruction set that this processor has, with one thread and
-with two. Processors add up in different orders, so the last bits of W_hat differ. No code may.
+with two. They add up in different orders, so the last bits of W_hat differ, but no code should.
 """
 import argparse
 import hashlib

@@ -18,7 +18,7 @@ from torch.nn.utils.parametrizations import weight_norm
 
 import flexround
 import models
-from experiments import gpu, knobs, pretrained, studies, timing, tools, train
+from experiments import gpu, instructions, knobs, pretrained, studies, timing, tools, train
 from experiments.integers import (
     integer_forward,
     load_quantized,
@@ -948,3 +948,20 @@ def test_the_gpts_text_is_what_several_pythons_share(tmp_path):
     hashes = train.common_paragraphs([tmp_path / "first.py", tmp_path / "second.py"])
     here = models.paragraphs(first)
     assert [here[key] for key in hashes] == ["Zero.", "One.", "Two is long."]
+
+
+@pytest.mark.parametrize("codes, shown, count", [
+    (["a" * 64, "b" * 64], "DEFAULT x 1: aaaaaaaaaa, AVX2 x 1: bbbbbbbbbb", 2),
+    (["a" * 64, "a" * 64], "aaaaaaaaaa, the same in all 2", 1)])
+def test_a_row_says_which_instruction_set_differs(monkeypatch, capsys, codes, shown, count):
+    """One that differed and was not named would be taken for agreement."""
+    made = dict(zip(["DEFAULT", "AVX2"], codes, strict=True))
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    monkeypatch.setattr(instructions, "run_under", lambda name, **settings: {
+        "codes": made[name], "weights": made[name], "score": "9.87"})
+    instructions.main(["--model", "gpt", "--method", "rtn", "--threads", "1"])
+    said, each = capsys.readouterr()
+    row = said.splitlines()[-1]
+    assert row == f"| gpt | RoundToNearest | 9.87, the same in all 2 | {shown} | {count} |"
+    assert [line.split(":")[0] for line in each.splitlines()] == [
+        "gpt, rtn, DEFAULT x 1", "gpt, rtn, AVX2 x 1"]
