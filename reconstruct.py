@@ -351,6 +351,10 @@ def make_iteration(block: nn.Module, x_q: Tensor, y_fp: Tensor, config: Reconstr
             q.train()
         # Each layer computes W_hat from W and its factors, so that gradients reach the factors.
         loss = block_loss(block(x), y, config.channel_dim)
+        # AdaRound's soft start is W itself. In the first block, which gets the float inputs, the
+        # loss is then 0, and its gradient is rounding noise. Adam would make whole steps of it,
+        # different ones on each processor. So a loss that is only noise gets the gradient 0.
+        loss = loss * (loss.detach() > torch.finfo(loss.dtype).eps * start_loss)
         # AdaRound's regulariser: share is 0 for the first fifth of the iterations and 1 afterwards.
         # It pulls h to 0 or 1, of more and more weights as beta falls.
         share, beta = flexround.AdaRound.schedule(i / total)
