@@ -870,6 +870,26 @@ def test_the_schedule_of_adaround_is_the_one_that_is_run(monkeypatch):
         assert float(weighted(q, beta).detach()) == pytest.approx(1 + 0 + (1 - 0.6 ** beta))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_adaround_takes_no_step_where_its_loss_is_rounding_noise(dtype):
+    """Its soft start is W itself. In a first block the loss is then 0 but for noise, and Adam would
+    make whole steps of that: other ones, and other codes, on each processor."""
+    block, x = small_block().to(dtype), correlated(32, 3, 6, 6).to(dtype)
+    config = ReconstructionConfig("adaround", 8, iterations=50, batch_size=8)
+    y = block(x).detach()
+    quantize_layers(block, config)
+    start = reconstruct.evaluate(block.eval(), x, y, config)
+    V = [q.V for q in quantizers(block).values()]
+    initial = [v.detach().clone() for v in V]
+    with reconstruct.learning(block, V, 0):
+        iterate = reconstruct.make_iteration(block, x, y, config, start_loss=start)
+        for i in range(10):
+            assert iterate(i) < 1e-6 * start
+        assert all(torch.equal(v, v0) for v, v0 in zip(V, initial, strict=True))
+        iterate(10)                                                  # the regulariser begins
+        assert not any(torch.equal(v, v0) for v, v0 in zip(V, initial, strict=True))
+
+
 def test_adaround_learns_the_same_in_any_unit():
     """A block whose loss is 10,000 times as large needs no other weight of the regulariser."""
     codes = []
