@@ -2278,7 +2278,8 @@ def test_the_main_job_as_the_readme_runs_it():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("network, method", [("mobilenet", "flexround"), ("gpt", "adaquant")])
+@pytest.mark.parametrize("network, method", [("mobilenet", "flexround"), ("gpt", "adaquant"),
+                                             ("resnet", "adaround")])
 def test_in_float64_each_instruction_set_finds_the_same_codes(network, method):
     """A reader's processor may be another one than ours, and the README promises our digits."""
     found = {name: instructions.run_under(name, network=network, method=method, samples=128,
