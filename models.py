@@ -613,7 +613,7 @@ def load_task(name: str, data=None, networks=NETWORKS, seed: int = 0, split: str
     is not downloaded. The seed draws `samples` calibration inputs. ValueError: an unknown name.
 
     dtype: of the network and its images. None is float32, as the networks were trained. Processors
-    add up in different orders. In float32 the noise of that (1e-8) flips a rounding now and then,
+    add up in different orders. In float32 the noise of that (1e-7) flips a rounding now and then,
     and training amplifies it. In float64 the noise is 1e-16, and no rounding flips.
     """
     if name not in SAMPLES:
