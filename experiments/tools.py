@@ -54,11 +54,14 @@ def rescale(net: nn.Module, spread: float, seed: int = 0) -> nn.Module:
 @torch.no_grad()
 def block_losses(net: models.Blocks, net_hat: models.Blocks, x: Tensor, batch_size: int) -> list:
     """For each block the loss that reconstruction descends, on inputs x of the whole network: of
-    net_hat's block behind quantized blocks against net's block behind float ones."""
+    net_hat's block behind quantized blocks against net's block behind float ones. Behind the last
+    quantized block we run nothing."""
     device, totals = reconstruct.device_of([net]), torch.zeros(len(net.blocks))
+    quantized = [i for i, block in enumerate(net_hat.blocks) if flexround.quantizers(block)]
+    pairs = list(zip(net.blocks, net_hat.blocks, strict=True))[:max(quantized) + 1]
     for batch in x.split(batch_size):
         x_fp = x_q = batch.to(device)
-        for i, (block, block_hat) in enumerate(zip(net.blocks, net_hat.blocks, strict=True)):
+        for i, (block, block_hat) in enumerate(pairs):
             x_fp, x_q = block(x_fp.clone()), block_hat(x_q.clone())  # a block may work in place
             totals[i] += len(batch) * reconstruct.block_loss(x_q, x_fp).cpu()
     return (totals / len(x)).tolist()
