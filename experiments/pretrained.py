@@ -494,10 +494,10 @@ def minilm_task(data, samples=None, seed=0, split="test") -> models.Task:
     train and score test, or with split "train" dev, on which you may choose settings. The
     classifier is fitted once, on the float network's vectors of train."""
     tokens, held, y, vectors, classifier = sst2(data, "test" if split == "test" else "dev")
-    index, _ = models.draw(len(tokens), samples or 256, seed)
+    index, _ = models.draw(len(tokens), samples or 128, seed)
     about = f"all-MiniLM-L6-v2, SST-2; accuracy on {len(y):,} {split} sentences"
     return models.Task(copy.deepcopy(encoder(minilm()[0])), trimmed(tokens[index]),
-                       Sentences(vectors, held, y, classifier), 32, about)
+                       Sentences(vectors, held, y, classifier), 16, about)
 
 
 # ---- The command line ----------------------------------------------------------------------------
@@ -519,7 +519,7 @@ def main(arguments=None) -> None:
     add("--iterations", type=int, help="per block. None: the paper's 5,000, for a text 500")
     add("--lr", type=float, help="first rate. None: the method's")
     add("--samples", type=int, help="calibration inputs. None: 1,024 images (lite0: 256), 128 "
-        "sequences (gemma: 32) or 256 sentences")
+        "sequences (gemma: 32) or sentences")
     add("--windows", type=int, default=20, help="gemma: how many windows of 256 tokens are scored")
     add("--seed", type=int, default=0)
     add("--split", choices=["test", "train"], default="test", help="train: what settings are "

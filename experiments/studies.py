@@ -45,7 +45,7 @@ NAMES = {"rtn": "round to nearest", "adaround": "AdaRound", "adaquant": "AdaQuan
 TEXTS = {"shakespeare": (4, 128, 128, 2500), "small-shakespeare": (3, 64, 64, 1000),
          "llama": (5, 64, 64, 2000, train.llama, 8)}
 # Inputs of an iteration, if not 32.
-BATCHES = {"gpt": 8, **dict.fromkeys(TEXTS, 8), "gemma": 2}
+BATCHES = {"gpt": 8, **dict.fromkeys(TEXTS, 8), "gemma": 2, "minilm": 16}
 # The table's name of a network that is not the one of models.load_task.
 ROWS = {"cifar-mobilenet": "mobilenet", "small-shakespeare": "gpt"}
 
@@ -107,7 +107,7 @@ GEMMA_8 = {"adaround": [{}], "adaquant": [{}], "flexround": [{}]}
 MINILM = {"adaround": [{}], "adaquant": [{}], "flexround": [{}]}
 # The start is the paper's, the weights with p = 2. Its first and last layers are as the others.
 WORDS = {"iterations": 60, "samples": 32, "end_bits": None}
-SENTENCES = {"iterations": 100, "samples": 128, "end_bits": None}
+SENTENCES = {"iterations": 60, "samples": 128, "end_bits": None}
 LITE0 = {"iterations": 250, "samples": 256}
 OUTPUTS = {"start": "outputs"}
 # What we had copied: one rate for all of FlexRound, V's rate for AdaQuant's s1, and for AdaRound a
@@ -148,9 +148,10 @@ STUDIES = {
     # As the paper quantizes language models.
     "gemma-activations": grid("gemma", RTN, [8], (0,), symmetric=False, abits=8, **WORDS) +
     grid("gemma", GEMMA_8, [8], (0,), symmetric=False, abits=8, setting="Q", **WORDS),
-    "minilm": grid("minilm", RTN | MINILM, [4, 3], **SENTENCES),
-    "minilm-activations": grid("minilm", RTN, [8, 4], symmetric=False, abits=8, **SENTENCES) +
-    grid("minilm", MINILM, [8, 4], symmetric=False, abits=8, setting="Q", **SENTENCES),
+    "minilm": grid("minilm", RTN | MINILM, [4, 3], (0,), **SENTENCES),
+    "minilm-activations": grid("minilm", RTN, [8, 4], (0,), symmetric=False, abits=8,
+                               **SENTENCES) +
+    grid("minilm", MINILM, [8, 4], (0,), symmetric=False, abits=8, setting="Q", **SENTENCES),
     # Not made again yet with searched knobs. Each needs a search of its own first.
     "resnet20": grid("resnet20", RTN | THREE, [4, 3, 2], iterations=1000, **OUTPUTS),
     "mobilenet": grid("cifar-mobilenet", RTN | THREE, [4, 3, 2], iterations=1000, **OUTPUTS),
