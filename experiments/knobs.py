@@ -54,18 +54,19 @@ GRIDS = {
 }
 # 6 runs a method. The finer the grid, the smaller are the steps of V, which has a weight's unit,
 # and of log S2, which moves a weight by more steps of the grid. So 8 bits have rates of their own.
-# (AdaRound's first grid at 6 bits, 0.1 to 1, had its best at 0.1, so we moved it down.)
+# (At 6 bits our first grids were four times as high, AdaRound's ten times, and had their best at
+# the lower edge. So we moved all of them down.)
 WEIGHTS = (1e4, 1e5)
 COARSE = {
     "gemma": {"adaround": {"lr": (0.01, 0.03, 0.1), "reg_weight": WEIGHTS},
-              "adaquant": {"lr": (1e-4, 4e-4, 1.6e-3), "s1_lr": (2e-3, 1.6e-2)},
-              "flexround": {"lr": (2e-3, 8e-3, 3.2e-2), "s1_lr": (2e-3, 1.6e-2)}},
+              "adaquant": {"lr": (2.5e-5, 1e-4, 4e-4), "s1_lr": (2e-3, 1.6e-2)},
+              "flexround": {"lr": (5e-4, 2e-3, 8e-3), "s1_lr": (2e-3, 1.6e-2)}},
     "gemma at W8": {"adaround": {"lr": (0.01, 0.03, 0.1), "reg_weight": WEIGHTS},
-                    "adaquant": {"lr": (2.5e-5, 1e-4, 4e-4), "s1_lr": (5e-4, 4e-3)},
-                    "flexround": {"lr": (5e-4, 2e-3, 8e-3), "s1_lr": (5e-4, 4e-3)}},
+                    "adaquant": {"lr": (6e-6, 2.5e-5, 1e-4), "s1_lr": (5e-4, 4e-3)},
+                    "flexround": {"lr": (1.2e-4, 5e-4, 2e-3), "s1_lr": (5e-4, 4e-3)}},
     "minilm": {"adaround": {"lr": (0.03, 0.1, 0.3), "reg_weight": WEIGHTS},
-               "adaquant": {"lr": (5e-4, 2e-3, 8e-3), "s1_lr": (2e-3, 1.6e-2)},
-               "flexround": {"lr": (4e-3, 1.6e-2, 6.4e-2), "s1_lr": (2e-3, 1.6e-2)}},
+               "adaquant": {"lr": (1.2e-4, 5e-4, 2e-3), "s1_lr": (2e-3, 1.6e-2)},
+               "flexround": {"lr": (2e-3, 8e-3, 3.2e-2), "s1_lr": (2e-3, 1.6e-2)}},
 }
 # The smaller p, the smaller the s1 that the search finds, because large weights count less.
 STARTS = [{"start": "weights", "p": p} for p in (0.5, 1.0, 2.0, 2.4, 3.0)]
