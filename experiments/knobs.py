@@ -187,7 +187,7 @@ def best_table(held: list[dict]) -> str:
 def grid_table(held: list[dict], place: str) -> str:
     """All runs of the grid of a place, as Markdown tables: rates down, the other knob across."""
     parts = []
-    for method, knobs in GRIDS.items():
+    for method, knobs in grids(place).items():
         (down, rates), (across, values) = knobs.items()
         found = {(r["settings"][down], r["settings"][across]): left(r, held) for r in held
                  if (r["part"], r["place"], r["method"]) == ("grid", place, method)}

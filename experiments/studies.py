@@ -102,7 +102,9 @@ UNEQUAL = {"adaround": [{"lr": 0.1}], "adaquant": [{"lr": 4e-3, "s1_lr": 0.256}]
 LITE = {"adaround": [{"lr": 0.3, "reg_weight": 1e4}], "adaquant": [{"lr": 1e-3, "s1_lr": 0.256}],
         "flexround": [{"lr": 1.6e-2, "s1_lr": 0.128}]}
 # Gemma's rates at 6 and at 8 bits, and MiniLM's at 3.
-GEMMA = {"adaround": [{}], "adaquant": [{}], "flexround": [{}]}
+GEMMA = {"adaround": [{"lr": 0.03, "reg_weight": 10000.0}],
+         "adaquant": [{"lr": 0.0001, "s1_lr": 0.002}],
+         "flexround": [{"lr": 0.002, "s1_lr": 0.002}]}
 GEMMA_8 = {"adaround": [{}], "adaquant": [{}], "flexround": [{}]}
 MINILM = {"adaround": [{}], "adaquant": [{}], "flexround": [{}]}
 # The start is the paper's, the weights with p = 2. Its first and last layers are as the others.
