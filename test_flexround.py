@@ -833,6 +833,16 @@ def test_the_rate_falls_to_zero_along_a_cosine(rates):
             assert rate == pytest.approx([first * cosine for first in firsts], rel=1e-5)
 
 
+def test_a_rule_without_a_rate_for_log_s1_learns_it_with_lr(rates, monkeypatch):
+    """A rule of one's own may be learned with one rate, as the authors' code does."""
+    class OneRate(flexround.AdaQuant):
+        default_lr, default_s1_lr = 2e-3, None
+
+    monkeypatch.setitem(flexround.METHODS, "one", OneRate)
+    reconstruct_block(*prepared("one", iterations=1))
+    assert rates[0] == [2e-3, 2e-3]
+
+
 @pytest.mark.parametrize("method", ["adaquant", "flexround"])
 def test_the_rate_of_s1_moves_s1_and_nothing_else(method):
     """AdaQuant's V has the unit of a weight and log s1 has none, so that one rate cannot fit."""
@@ -956,7 +966,7 @@ def test_a_loss_that_is_not_finite_and_an_interrupt_leave_the_block_as_it_was():
 
     block, x, y, config = prepared(iterations=50)
     before = copy.deepcopy(block.state_dict())
-    for last, message in ((Exploding(12), "block 4.* iteration 12 of 50"),
+    for last, message in ((Exploding(7), "block 4.* iteration 7 of 50"),    # seen at the mark 12
                           (Exploding(0), "before training"), (nn.Identity(), "at 21")):
         with pytest.raises((FloatingPointError, KeyboardInterrupt), match=message):
             reconstruct_block(nn.Sequential(block, last), x, y, config, index=4, progress=stop)
@@ -1149,8 +1159,14 @@ def test_after_a_failure_the_block_is_float_and_earlier_ones_quantized():
     ({"abits": 4, "step_lr": 0.02}, 3, [2, 3, 0, 1, 2, 3]), ({"abits": 4, "step_lr": 0.02}, 7,
     [2, 3]), ({"abits": 4, "setting": "Q", "start": "outputs"}, 3, [2, 3])], ids=str)
 def test_an_interrupted_call_goes_on_with_the_same_digits(settings, stop, rest, monkeypatch):
-    """Hours of work must survive Control-C. B is stopped in its first and in its second pass."""
-    learn, calls = reconstruct.reconstruct_block, []
+    """Hours of work must survive Control-C. B is stopped in its first and in its second pass. And
+    the time left has to count the blocks that are learned, no more and no less."""
+    learn, calls, clocks = reconstruct.reconstruct_block, [], []
+
+    class Kept(reconstruct.Clock):
+        def __init__(self, *args):
+            super().__init__(*args)
+            clocks.append(self)
 
     def interrupt(iteration, loss):
         raise KeyboardInterrupt
@@ -1161,6 +1177,7 @@ def test_an_interrupted_call_goes_on_with_the_same_digits(settings, stop, rest, 
 
     net, x, _ = tiny("resnet conv")
     config, whole = replace(QUICK, **settings), copy.deepcopy(net)
+    monkeypatch.setattr(reconstruct, "Clock", Kept)
     quantize_model(whole.blocks, x, config)
     monkeypatch.setattr(reconstruct, "reconstruct_block", learn_until)
     with pytest.raises(KeyboardInterrupt):
@@ -1170,6 +1187,8 @@ def test_an_interrupted_call_goes_on_with_the_same_digits(settings, stop, rest, 
         reports = quantize_model(net.blocks, x, config)
     assert [r.index for r in reports] == calls[stop:] == rest
     assert equal_states(net.state_dict(), whole.state_dict())
+    for clock in (clocks[0], clocks[-1]):                            # of the calls that ended
+        assert clock.done == clock.total > 0
 
 
 @pytest.mark.parametrize("settings", [
