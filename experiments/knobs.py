@@ -5,11 +5,12 @@
 
 A place is a few blocks of one network. We reconstruct each block by itself, on float inputs, and
 measure the loss on inputs that it did not see. Both kinds of inputs are training data. Nothing here
-sees the data that are scored. The search has two parts, with the same number of runs for each
+sees the data that are scored. The search has three parts, with the same number of runs for each
 method in each place:
 
     grid         15 runs: five by three values of the two knobs, from the start on outputs
     starts       the best of the grid from five other starts: the weights with p = 0.5 to 3
+    beyond       the best of both with larger knobs, because several are best at the grid's edge
 
 The transformers, gemma and minilm, have another grid: 6 runs from the paper's start, the weights
 with p = 2, and no other start. An iteration of them takes long.
@@ -82,7 +83,7 @@ def grid(held: list[dict], place: str) -> list[tuple[str, dict]]:
     """(method, settings) of each run of the grid, and of round to nearest."""
     start, nearest = START, [START, *STARTS]
     if place in COARSE:
-        start, nearest = STARTS[0], STARTS[:1]
+        start, nearest = PAPER, [PAPER]
     runs = [("rtn", own) for own in nearest]
     for method, knobs in grids(place).items():
         for values in product(*knobs.values()):
@@ -98,7 +99,18 @@ def starts(held: list[dict], place: str) -> list[tuple[str, dict]]:
             for method in GRIDS for own in STARTS]
 
 
-PARTS = {part.__name__: part for part in (grid, starts)}
+def beyond(held: list[dict], place: str) -> list[tuple[str, dict]]:
+    """The best so far, with the rate twice, the other knob four times as large, and both."""
+    runs = []
+    for method, knobs in grids(place).items():
+        rate, other = knobs
+        chosen = best(held, place, method, ("grid", "starts"))["settings"]
+        for a, b in ((2, 1), (1, 4), (2, 4)):
+            runs.append((method, chosen | {rate: a * chosen[rate], other: b * chosen[other]}))
+    return runs
+
+
+PARTS = {part.__name__: part for part in (grid, starts, beyond)}
 
 
 def left(record: dict, held: list[dict]) -> float:
@@ -110,9 +122,9 @@ def left(record: dict, held: list[dict]) -> float:
     return math.exp(sum(logs) / len(logs))
 
 
-def best(held: list[dict], place: str, method: str) -> dict:
-    """The run of the grid with the least loss on unseen inputs."""
-    own = [r for r in held if (r["part"], r["place"], r["method"]) == ("grid", place, method)]
+def best(held: list[dict], place: str, method: str, parts=("grid",)) -> dict:
+    """The run of some parts with the least loss on unseen inputs."""
+    own = [r for r in held if (r["place"], r["method"]) == (place, method) and r["part"] in parts]
     return min(own, key=lambda r: left(r, held))
 
 
@@ -165,22 +177,25 @@ def one_run(job) -> dict:
 
 
 def best_table(held: list[dict]) -> str:
-    """The best of the grid and the starts, as a Markdown table: what is left of the loss. In
-    brackets the median and the worst of the 15 runs, and kept_last of the best."""
+    """The best of the grid, as a Markdown table: what is left of the loss, in brackets the median
+    and the worst of its runs, kept_last of the best, and what the best leaves from other starts."""
+    exponents = [own["p"] for own in STARTS]
     lines = ["| place | bits | method | settings | left (median, worst) | kept last | "
-             "left from the weights, p = 0.5, 1, 2, 2.4, 3 |", "|---" * 7 + "|"]
+             + " | ".join(f"p = {p:g}" for p in exponents) + " |",
+             "|---" * (6 + len(exponents)) + "|"]
     for place in dict.fromkeys(r["place"] for r in held):
         for method in GRIDS:
             own = [r for r in held if (r["place"], r["method"]) == (place, method)]
-            own.sort(key=lambda r: r["settings"].get("p", 0))
             runs = sorted(left(r, held) for r in own if r["part"] == "grid")
             chosen = best(held, place, method)
             settings = ", ".join(f"{k} {chosen['settings'][k]:g}" for k in GRIDS[method])
-            others = ", ".join(f"{left(r, held):.2f}" for r in own if r["part"] == "starts")
+            found = {r["settings"]["p"]: f"{left(r, held):.2f}" for r in own
+                     if r["part"] == "starts"}
+            others = " | ".join(found.get(p, "") for p in exponents)
             kept = sum(chosen["kept"]) / len(chosen["kept"])
             spread = f"{runs[0]:.2f} ({runs[len(runs) // 2]:.2f}, {runs[-1]:.2f})"
             lines.append(f"| {place} | W{PLACES[place][0]} | {studies.NAMES[method]} | {settings} "
-                         f"| {spread} | {kept:.2f} | {others or 'not run'} |")
+                         f"| {spread} | {kept:.2f} | {others} |")
     return "\n".join(lines)
 
 

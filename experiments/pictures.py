@@ -31,33 +31,54 @@ def staircase() -> plt.Figure:
     return figure
 
 
+def around_the_best(held: list[dict], place: str, method: str) -> list[tuple]:
+    """(knob beside its best value, what is left) of the grid's runs with the other knob at its
+    best. AdaRound's knob is its weight, AdaQuant's the rate of s1, FlexRound's its first rate."""
+    rate, other = knobs.GRIDS[method]
+    moved, fixed = (rate, other) if method == "flexround" else (other, rate)
+    chosen = knobs.best(held, place, method)["settings"]
+    points = []
+    for r in held:
+        if (r["part"], r["place"], r["method"]) == ("grid", place, method) and \
+                r["settings"][fixed] == chosen[fixed]:
+            points.append((r["settings"][moved] / chosen[moved], knobs.left(r, held)))
+    return sorted(points)
+
+
+def from_each_start(held: list[dict], place: str, method: str) -> list[tuple]:
+    """(start, what is left) of the method's best settings: the exponents p, then the outputs."""
+    points = []
+    for i, own in enumerate(knobs.STARTS):
+        for r in held:
+            if (r["part"], r["place"], r["method"]) == ("starts", place, method) and \
+                    r["settings"]["p"] == own["p"]:
+                points.append((i, knobs.left(r, held)))
+    return [*points, (len(knobs.STARTS), knobs.left(knobs.best(held, place, method), held))]
+
+
 def sensitivity() -> plt.Figure:
-    """What is left of the loss against how far the knob is from its best, for each method: the
-    other knob at its best."""
+    """What is left of the loss against how far the knob is from its best (above), and from which
+    start of s1 (below), for each method."""
     held = studies.read_results(knobs.HERE)
-    places = [place for place in TITLES if any(r["place"] == place for r in held)]
-    figure, rows = plt.subplots(1, len(places), figsize=(3.1 * len(places), 3.3),
+    figure, rows = plt.subplots(2, len(TITLES), figsize=(3.1 * len(TITLES), 5.8),
                                 layout="constrained", sharey=True)
-    for axes, place in zip(rows, places, strict=True):
+    for (above, below), place in zip(rows.T, TITLES, strict=True):
         for method, own in knobs.GRIDS.items():
-            rate, knob = own                                         # FlexRound: its rate
-            moved = knob if method != "flexround" else rate
-            fixed = rate if moved == knob else knob
-            chosen = knobs.best(held, place, method)["settings"]
-            points = []
-            for r in held:
-                if (r["part"], r["place"], r["method"]) == ("grid", place, method) and \
-                        r["settings"][fixed] == chosen[fixed]:
-                    points.append((r["settings"][moved] / chosen[moved], knobs.left(r, held)))
-            x, y = zip(*sorted(points), strict=True)
-            axes.plot(x, y, "o-", color=COLOURS[method], markersize=4,
-                      label=f"{studies.NAMES[method]}: {moved}")
-        axes.set(xscale="log", yscale="log", title=TITLES[place], xlabel="knob / its best value")
+            style = {"color": COLOURS[method], "markersize": 4}
+            knob = list(own)[method != "flexround"]
+            above.plot(*zip(*around_the_best(held, place, method), strict=True), "o-", **style,
+                       label=f"{studies.NAMES[method]}: {knob}")
+            below.plot(*zip(*from_each_start(held, place, method), strict=True), "o-", **style)
+        above.set(xscale="log", yscale="log", title=TITLES[place], xlabel="knob / its best value")
+        names = [f"{own['p']:g}" for own in knobs.STARTS]
+        below.set_xticks(range(len(names) + 1), [*names, "outputs"])
+        below.set(xlabel="start of s1: weights with p = ..., or")
         ticks = [0.1, 0.2, 0.5, 1]
-        axes.set_yticks(ticks, [f"{t:g}" for t in ticks])
-        axes.yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
-    rows[0].set_ylabel("left of round to nearest's loss")
-    rows[0].legend(fontsize=8)
+        above.set_yticks(ticks, [f"{t:g}" for t in ticks])
+        above.yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
+    for axes in rows[:, 0]:
+        axes.set_ylabel("left of round to nearest's loss")
+    rows[0, 0].legend(fontsize=8)
     return figure
 
 

@@ -97,8 +97,9 @@ CANDIDATES = {
     "adaquant": [{"lr": lr, "s1_lr": s1_lr} for lr, s1_lr in (
         (1e-3, 4e-3), (1e-3, 1.6e-2), (4e-3, 4e-3))],
     "flexround": [{"lr": lr, "s1_lr": 8e-3} for lr in (8e-3, 1.6e-2, 3.2e-2)]}
-UNEQUAL = {"adaround": [{"lr": 0.1}], "adaquant": [{"lr": 4e-3, "s1_lr": 0.256}],
-           "flexround": [{"lr": 6.4e-2, "s1_lr": 0.128}]}
+UNEQUAL = {"adaround": [{"lr": 0.2, "reg_weight": 1e5, "p": 0.5}],
+           "adaquant": [{"lr": 4e-3, "s1_lr": 0.256, "p": 1.0}],
+           "flexround": [{"lr": 6.4e-2, "s1_lr": 0.128, "p": 0.5}]}
 LITE = {"adaround": [{"lr": 0.3, "reg_weight": 1e4}], "adaquant": [{"lr": 1e-3, "s1_lr": 0.256}],
         "flexround": [{"lr": 1.6e-2, "s1_lr": 0.128}]}
 # Gemma's rates at 6 and at 8 bits, and MiniLM's at 3.
@@ -122,14 +123,14 @@ STUDIES = {
     # Three candidates a method, from the search by blocks, on whole networks. Not the test split.
     "choice": grid("resnet mobilenet gpt", CANDIDATES, [2], (0,), split="train", iterations=250,
                    **OUTPUTS),
-    "unequal": grid("resnet", RTN | UNEQUAL, [2], spreads=(1, 4, 16), iterations=500, **OUTPUTS),
+    "unequal": grid("resnet", RTN | UNEQUAL, [2], spreads=(1, 4, 16), iterations=500),
     "samples": [run for network, samples in product(
         ("resnet", "mobilenet", "gpt"), (8, 32, 128, 512)) for run in grid(
             network, RTN | THREE, [2], iterations=250, samples=samples, **OUTPUTS)],
-    # One seed of each method, and two more of AdaRound: what there was time for.
-    "lite0": grid("lite0", RTN | LITE, [4], (0,), **LITE0, **OUTPUTS) +
-    grid("lite0", {"rtn": [{}], "adaround": LITE["adaround"]}, [4], (1, 2), **LITE0, **OUTPUTS),
-    "lite0-start": grid("lite0", LITE, [4], (0,), **LITE0, p=2.0),
+    "lite0": grid("lite0", RTN | LITE, [4], **LITE0, **OUTPUTS),
+    # On two blocks AdaRound is best with p = 0.5. The others, whose s1 learns, hardly differ.
+    "lite0-start": [run for p in (0.5, 2.0) for run in grid(
+        "lite0", {"adaround": LITE["adaround"]}, [4], (0,), **LITE0, p=p)],
     "lite0-copied": grid("lite0", COPIED, [4], (0,), **LITE0, p=2.4),
     "lite0-ablation": [run for own in (OUTPUTS, {"p": 2.0}) for run in grid(
         "lite0", {"flexround": LITE["flexround"]}, [4], (0,), learn_s1=False, **LITE0, **own)],
@@ -302,7 +303,7 @@ def table(records: list[dict]) -> str:
 
     A cell is the median over the seeds. Behind it are, where they differ, the minimum and the
     maximum, and the share of blocks that kept their last state. A setting is named where it varies
-    within its method and is not the default. Rates and AdaRound's weight are always named.
+    within its method and is not the default. Rates, p and AdaRound's weight are always named.
     """
     hidden = ("method", "bits", "abits", "seed", "batch_size")
     seen = [settings_of(record) for record in records]
@@ -310,7 +311,7 @@ def table(records: list[dict]) -> str:
     for record, own in zip(records, seen, strict=True):
         same = [other for other in seen if other["method"] == own["method"]]
         named = [f"{k} {v}" for k, v in own.items() if k not in hidden and v != DEFAULTS[k] and (
-            k in ("lr", "s1_lr", "reg_weight") or any(other[k] != v for other in same))]
+            k in ("lr", "s1_lr", "reg_weight", "p") or any(other[k] != v for other in same))]
         column = ", ".join([NAMES.get(own["method"], own["method"]), *named])
         abits = f"A{own['abits']}" if own["abits"] else ""
         row = f"{record['network']} | W{own['bits']}{abits}"

@@ -244,7 +244,7 @@ def test_what_is_left_and_the_best_by_hand():
     def run(method, settings, unseen, part="grid"):
         return {"part": part, "place": "lite0", "method": method, "settings": settings,
                 "unseen": unseen}
-    nearest = run("rtn", knobs.STARTS[0], [4.0, 1.0])
+    nearest = run("rtn", knobs.PAPER, [4.0, 1.0])
     good, bad = run("adaround", {"lr": 1}, [1.0, 1.0]), run("adaround", {"lr": 2}, [4.0, 4.0])
     other = run("adaround", {"lr": 3}, [0.1, 0.1], "starts")
     held = [nearest, bad, good, other]
