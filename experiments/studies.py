@@ -447,11 +447,11 @@ def cosines(records: list[dict]) -> str:
 
 
 # The tables of a study, where they are not the one of its scores.
-TABLES = {"samples": [few_inputs, ranking], "lite0": [table, paired],
+TABLES = {"samples": [few_inputs, ranking], "lite0": [table, paired], "lite1": [table, paired],
           **dict.fromkeys([name for name in STUDIES if name.startswith("gemma")],
                           [table, paired_windows]),
           "minilm": [table, cosines, paired], "minilm-activations": [table, cosines],
-          **dict.fromkeys([name for name in STUDIES if name.startswith("lite") and name != "lite0"],
+          **dict.fromkeys([name for name in STUDIES if name.startswith("lite0-")],
                           [table])}
 
 
