@@ -252,6 +252,23 @@ def test_what_is_left_and_the_best_by_hand():
     assert knobs.best(held, "lite0", "adaround") is good             # a start is not the grid's
 
 
+def test_the_runs_beyond_the_grid_begin_at_the_best_start():
+    """They tell whether a best value at the grid's edge hides a better one."""
+    held = [{"part": part, "place": "lite0", "method": method, "settings": settings,
+             "unseen": unseen}
+            for part, method, settings, unseen in (
+                ("grid", "rtn", knobs.PAPER, [1.0]),
+                ("grid", "adaround", {"lr": 1, "reg_weight": 10} | knobs.START, [0.5]),
+                ("starts", "adaround", {"lr": 1, "reg_weight": 10, "p": 0.5}, [0.2]),
+                ("grid", "adaquant", {"lr": 3, "s1_lr": 5} | knobs.START, [0.1]),
+                ("grid", "flexround", {"lr": 7, "s1_lr": 9} | knobs.START, [0.1]))]
+    runs = knobs.beyond(held, "lite0")
+    assert Counter(method for method, _ in runs) == dict.fromkeys(knobs.GRIDS, 3)
+    assert [own for method, own in runs if method == "adaround"] == [
+        {"lr": 2, "reg_weight": 10, "p": 0.5}, {"lr": 1, "reg_weight": 40, "p": 0.5},
+        {"lr": 2, "reg_weight": 40, "p": 0.5}]
+
+
 def test_equalised_channels_compute_the_same():
     """Equalisation that changed the network would be another network's score."""
     class Block(nn.Module):
