@@ -356,7 +356,7 @@ def make_iteration(block: nn.Module, x_q: Tensor, y_fp: Tensor, config: Reconstr
         # different ones on each processor. So a loss that is only noise gets the gradient 0.
         loss = loss * (loss.detach() > torch.finfo(loss.dtype).eps * start_loss)
         # AdaRound's regulariser: share is 0 for the first fifth of the iterations and 1 afterwards.
-        # It pulls h to 0 or 1, of more and more weights as beta falls.
+        # It pulls h to 0 or 1. The further beta falls, the more weights it moves.
         share, beta = flexround.AdaRound.schedule(i / total)
         for q in regularised:
             loss = loss + share * reg_weight * q.regulariser(beta)

@@ -128,6 +128,12 @@ def best(held: list[dict], place: str, method: str, parts=("grid",)) -> dict:
     return min(own, key=lambda r: left(r, held))
 
 
+def from_weights(held: list[dict], place: str, method: str) -> dict[float, float]:
+    """{p: what the best of the grid leaves from the weights with this exponent}"""
+    return {r["settings"]["p"]: left(r, held) for r in held
+            if (r["part"], r["place"], r["method"]) == ("starts", place, method)}
+
+
 @lru_cache(1)                                                        # Gemma's take minutes
 def place_inputs(place: str, data, networks=models.NETWORKS):
     """The chosen blocks of a place and their float inputs: [(block, calibration, unseen)], and the
@@ -189,9 +195,8 @@ def best_table(held: list[dict]) -> str:
             runs = sorted(left(r, held) for r in own if r["part"] == "grid")
             chosen = best(held, place, method)
             settings = ", ".join(f"{k} {chosen['settings'][k]:g}" for k in GRIDS[method])
-            found = {r["settings"]["p"]: f"{left(r, held):.2f}" for r in own
-                     if r["part"] == "starts"}
-            others = " | ".join(found.get(p, "") for p in exponents)
+            found = from_weights(held, place, method)
+            others = " | ".join(f"{found[p]:.2f}" if p in found else "" for p in exponents)
             kept = sum(chosen["kept"]) / len(chosen["kept"])
             spread = f"{runs[0]:.2f} ({runs[len(runs) // 2]:.2f}, {runs[-1]:.2f})"
             lines.append(f"| {place} | W{PLACES[place][0]} | {studies.NAMES[method]} | {settings} "

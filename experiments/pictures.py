@@ -47,12 +47,8 @@ def around_the_best(held: list[dict], place: str, method: str) -> list[tuple]:
 
 def from_each_start(held: list[dict], place: str, method: str) -> list[tuple]:
     """(start, what is left) of the method's best settings: the exponents p, then the outputs."""
-    points = []
-    for i, own in enumerate(knobs.STARTS):
-        for r in held:
-            if (r["part"], r["place"], r["method"]) == ("starts", place, method) and \
-                    r["settings"]["p"] == own["p"]:
-                points.append((i, knobs.left(r, held)))
+    found = knobs.from_weights(held, place, method)
+    points = [(i, found[own["p"]]) for i, own in enumerate(knobs.STARTS) if own["p"] in found]
     return [*points, (len(knobs.STARTS), knobs.left(knobs.best(held, place, method), held))]
 
 

@@ -338,6 +338,11 @@ def table(records: list[dict]) -> str:
     return "\n".join([head, "|---" * head.count(" | ") + "|---|", *body])
 
 
+def mean_and_error(difference: np.ndarray) -> tuple[float, float]:
+    """The mean of paired differences, and 1.96 standard errors of it."""
+    return difference.mean(), 1.96 * difference.std(ddof=1) / math.sqrt(len(difference))
+
+
 def paired(records: list[dict]) -> str:
     """FlexRound beside each other column of the table, on the same images, as a Markdown table.
 
@@ -360,11 +365,10 @@ def paired(records: list[dict]) -> str:
         ours = np.array(methods.pop("flexround"), float)             # (seeds, images)
         for method, theirs in methods.items():
             theirs = np.array(theirs, float)
-            difference = 100 * (ours.mean(0) - theirs.mean(0))
-            error = 1.96 * difference.std(ddof=1) / math.sqrt(len(difference))
+            mean, error = mean_and_error(100 * (ours.mean(0) - theirs.mean(0)))
             wins, losses = ((a * (1 - b)).sum(1).mean() for a, b in
                             ((ours, theirs), (theirs, ours)))
-            lines.append(f"| {key} | {NAMES[method]} | {difference.mean():+.1f} ± {error:.1f} | "
+            lines.append(f"| {key} | {NAMES[method]} | {mean:+.1f} ± {error:.1f} | "
                          f"{wins:.1f} | {losses:.1f} |")
     return "\n".join(lines)
 
@@ -435,8 +439,8 @@ def paired_windows(records: list[dict]) -> str:
             if method == "flexround" or "flexround" not in nats:     # nothing to pair it with
                 continue
             difference = nats["flexround"] - theirs                  # (windows,)
-            error = 1.96 * difference.std(ddof=1) / math.sqrt(len(difference))
-            lines.append(f"| {network} | W{bits} | {NAMES[method]} | {difference.mean():+.3f} ± "
+            mean, error = mean_and_error(difference)
+            lines.append(f"| {network} | W{bits} | {NAMES[method]} | {mean:+.3f} ± "
                          f"{error:.3f} | {(difference < 0).sum()} | {(difference > 0).sum()} |")
     return "\n".join(lines)
 

@@ -104,6 +104,7 @@ def recordable_iteration(block: nn.Module, x_q: Tensor, y_fp: Tensor, config: Re
         for q in regularised:
             q.train()
         loss = block_loss(block(x_q.index_select(0, batch)), y_fp.index_select(0, batch))
+        loss = loss * (loss.detach() > torch.finfo(loss.dtype).eps)  # as in make_iteration
         for q in regularised:
             loss = loss + weight * q.regulariser(beta)
         optimizer.zero_grad()
