@@ -11,9 +11,11 @@ method in each place:
     grid         15 runs: five by three values of the two knobs, from the start on outputs
     starts       the best of the grid from five other starts: the weights with p = 0.5 to 3
     beyond       the best of both with larger knobs, because several are best at the grid's edge
+    longer       the best of all. It is new only with other --iterations than before
 
-The transformers, gemma and minilm, have another grid: 6 runs from the paper's start, the weights
-with p = 2, and no other start. An iteration of them takes long.
+The transformers, gemma and minilm, have other parts, because an iteration of them takes long: a
+grid of 6 runs from the paper's start, the weights with p = 2, three other starts, and beyond it
+the second knob at a quarter.
 
 studies.py then compares three candidates of each method on whole networks (the study choice).
 
@@ -93,24 +95,31 @@ def grid(held: list[dict], place: str) -> list[tuple[str, dict]]:
 
 def starts(held: list[dict], place: str) -> list[tuple[str, dict]]:
     """The best of the grid from the other starts."""
-    if place in COARSE:
-        return []
+    others = [START, STARTS[1], STARTS[4]] if place in COARSE else STARTS
     return [(method, best(held, place, method)["settings"] | own)
-            for method in GRIDS for own in STARTS]
+            for method in GRIDS for own in others]
 
 
 def beyond(held: list[dict], place: str) -> list[tuple[str, dict]]:
-    """The best so far, with the rate twice, the other knob four times as large, and both."""
+    """The best so far, with the rate twice, the other knob four times as large, and both. In a
+    coarse place the other knob is a quarter, because the best ones are at the lower edge there."""
+    factors = ((1, 0.25),) if place in COARSE else ((2, 1), (1, 4), (2, 4))
     runs = []
     for method, knobs in grids(place).items():
         rate, other = knobs
         chosen = best(held, place, method, ("grid", "starts"))["settings"]
-        for a, b in ((2, 1), (1, 4), (2, 4)):
+        for a, b in factors:
             runs.append((method, chosen | {rate: a * chosen[rate], other: b * chosen[other]}))
     return runs
 
 
-PARTS = {part.__name__: part for part in (grid, starts, beyond)}
+def longer(held: list[dict], place: str) -> list[tuple[str, dict]]:
+    """The best of all parts before, to see whether its rank holds with more iterations."""
+    return [(method, best(held, place, method, ("grid", "starts", "beyond"))["settings"])
+            for method in GRIDS]
+
+
+PARTS = {part.__name__: part for part in (grid, starts, beyond, longer)}
 
 
 def left(record: dict, held: list[dict]) -> float:
@@ -128,10 +137,15 @@ def best(held: list[dict], place: str, method: str, parts=("grid",)) -> dict:
     return min(own, key=lambda r: left(r, held))
 
 
-def from_weights(held: list[dict], place: str, method: str) -> dict[float, float]:
-    """{p: what the best of the grid leaves from the weights with this exponent}"""
-    return {r["settings"]["p"]: left(r, held) for r in held
+def from_starts(held: list[dict], place: str, method: str) -> dict[str, float]:
+    """{start: what the best of the grid leaves from another start than the grid's}"""
+    return {start_of(r["settings"]): left(r, held) for r in held
             if (r["part"], r["place"], r["method"]) == ("starts", place, method)}
+
+
+def start_of(settings: dict) -> str:
+    """The start's name in a table."""
+    return "outputs" if settings["start"] == "outputs" else f"p = {settings['p']:g}"
 
 
 @lru_cache(1)                                                        # Gemma's take minutes
@@ -185,18 +199,17 @@ def one_run(job) -> dict:
 def best_table(held: list[dict]) -> str:
     """The best of the grid, as a Markdown table: what is left of the loss, in brackets the median
     and the worst of its runs, kept_last of the best, and what the best leaves from other starts."""
-    exponents = [own["p"] for own in STARTS]
+    names = [start_of(own) for own in (START, *STARTS)]
     lines = ["| place | bits | method | settings | left (median, worst) | kept last | "
-             + " | ".join(f"p = {p:g}" for p in exponents) + " |",
-             "|---" * (6 + len(exponents)) + "|"]
+             + " | ".join(names) + " |", "|---" * (6 + len(names)) + "|"]
     for place in dict.fromkeys(r["place"] for r in held):
         for method in GRIDS:
             own = [r for r in held if (r["place"], r["method"]) == (place, method)]
             runs = sorted(left(r, held) for r in own if r["part"] == "grid")
             chosen = best(held, place, method)
             settings = ", ".join(f"{k} {chosen['settings'][k]:g}" for k in GRIDS[method])
-            found = from_weights(held, place, method)
-            others = " | ".join(f"{found[p]:.2f}" if p in found else "" for p in exponents)
+            found = from_starts(held, place, method)
+            others = " | ".join(f"{found[name]:.2f}" if name in found else "" for name in names)
             kept = sum(chosen["kept"]) / len(chosen["kept"])
             spread = f"{runs[0]:.2f} ({runs[len(runs) // 2]:.2f}, {runs[-1]:.2f})"
             lines.append(f"| {place} | W{PLACES[place][0]} | {studies.NAMES[method]} | {settings} "

@@ -47,8 +47,9 @@ def around_the_best(held: list[dict], place: str, method: str) -> list[tuple]:
 
 def from_each_start(held: list[dict], place: str, method: str) -> list[tuple]:
     """(start, what is left) of the method's best settings: the exponents p, then the outputs."""
-    found = knobs.from_weights(held, place, method)
-    points = [(i, found[own["p"]]) for i, own in enumerate(knobs.STARTS) if own["p"] in found]
+    found = knobs.from_starts(held, place, method)
+    points = [(i, found[name]) for i, name in enumerate(map(knobs.start_of, knobs.STARTS))
+              if name in found]
     return [*points, (len(knobs.STARTS), knobs.left(knobs.best(held, place, method), held))]
 
 

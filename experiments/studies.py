@@ -119,15 +119,19 @@ COPIED = {"adaround": [{"lr": 0.3, "reg_weight": 0.1}], "adaquant": [{"lr": 1e-3
           "flexround": [{"lr": 1.6e-2, "s1_lr": 1.6e-2}]}
 
 STUDIES = {
-    "first": grid("resnet mobilenet gpt", RTN | THREE, [2], iterations=250, **OUTPUTS),
+    # AdaRound from the paper's start as well, which the search by blocks prefers in two places.
+    "first": grid("resnet mobilenet gpt", RTN | THREE, [2], iterations=250, **OUTPUTS) +
+    grid("resnet mobilenet gpt", {"adaround": [{"p": 2.0}]}, [2], iterations=250),
     # Three candidates a method, from the search by blocks, on whole networks. Not the test split.
     "choice": grid("resnet mobilenet gpt", CANDIDATES, [2], (0,), split="train", iterations=250,
                    **OUTPUTS),
     "unequal": grid("resnet", RTN | UNEQUAL, [2], spreads=(1, 4, 16), iterations=500),
+    # Each method from its best start of the two.
     "samples": [run for network, samples in product(
         ("resnet", "mobilenet", "gpt"), (8, 32, 128, 512)) for run in grid(
-            network, RTN | THREE, [2], iterations=250, samples=samples, **OUTPUTS)],
-    "lite0": grid("lite0", RTN | LITE, [4], **LITE0, **OUTPUTS),
+            network, RTN | THREE | {"adaround": [{"start": "weights", "p": 2.0}]}, [2],
+            iterations=250, samples=samples, **OUTPUTS)],
+    "lite0": grid("lite0", RTN | LITE, [4], (0, 1, 2, 3, 4), **LITE0, **OUTPUTS),
     # On two blocks AdaRound is best with p = 0.5. The others, whose s1 learns, hardly differ.
     "lite0-start": [run for p in (0.5, 2.0) for run in grid(
         "lite0", {"adaround": LITE["adaround"]}, [4], (0,), **LITE0, p=p)],

@@ -220,7 +220,7 @@ def test_the_commands_of_the_pages_and_their_flags(capsys):
     for study in studies.STUDIES:
         assert f"| {study} |" in RESULTS.read_text(), study          # the index
     studies.main(["first", "--table"])
-    assert "taken from experiments/runs.jsonl: 36 runs\n\n| netw" in capsys.readouterr().out
+    assert "taken from experiments/runs.jsonl: 45 runs\n\n| netw" in capsys.readouterr().out
 
 
 def test_the_search_is_fair_and_its_tables_are_the_files():
@@ -230,6 +230,7 @@ def test_the_search_is_fair_and_its_tables_are_the_files():
     for place in {r["place"] for r in held}:
         expected = 6 if place in knobs.COARSE else 15
         assert {count[place, method, "grid"] for method in knobs.GRIDS} == {expected}, place
+        assert len({count[place, method, "starts"] for method in knobs.GRIDS}) == 1, place
     for place in knobs.PLACES:                                       # and so it would be made again
         made = Counter(method for method, _ in knobs.grid([], place))
         assert len({made[method] for method in knobs.GRIDS}) == 1, place
@@ -267,6 +268,25 @@ def test_the_runs_beyond_the_grid_begin_at_the_best_start():
     assert [own for method, own in runs if method == "adaround"] == [
         {"lr": 2, "reg_weight": 10, "p": 0.5}, {"lr": 1, "reg_weight": 40, "p": 0.5},
         {"lr": 2, "reg_weight": 40, "p": 0.5}]
+
+
+def test_a_coarse_place_has_other_starts_and_a_smaller_second_knob():
+    """Gemma's grid begins at the paper's start. If only that were tried, AdaRound, which keeps s1,
+    would stand or fall with it."""
+    grid = [{"part": "grid", "place": "gemma", "method": method, "unseen": [u], "settings": {
+                 rate: 2, other: 8} | knobs.PAPER}
+            for (method, (rate, other)), u in zip(knobs.GRIDS.items(), (3.0, 2.0, 1.0),
+                                                  strict=True)]
+    nearest = {**grid[0], "method": "rtn", "settings": knobs.PAPER, "unseen": [10.0]}
+    runs = knobs.starts([nearest, *grid], "gemma")
+    assert Counter(method for method, _ in runs) == dict.fromkeys(knobs.GRIDS, 3)
+    assert [knobs.start_of(own) for _, own in runs[:3]] == ["outputs", "p = 1", "p = 3"]
+    better = {**grid[0], "part": "starts", "settings": runs[2][1], "unseen": [0.5]}
+    held = [nearest, *grid, better]
+    (_, first), *_ = knobs.beyond(held, "gemma")
+    assert first == {"lr": 2, "reg_weight": 2, "start": "weights", "p": 3.0}
+    assert knobs.from_starts(held, "gemma", "adaround") == {"p = 3": pytest.approx(0.05)}
+    assert knobs.longer(held, "gemma")[0] == ("adaround", better["settings"])
 
 
 def test_equalised_channels_compute_the_same():
