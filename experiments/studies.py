@@ -136,8 +136,10 @@ STUDIES = {
     "lite0-start": [run for p in (0.5, 2.0) for run in grid(
         "lite0", {"adaround": LITE["adaround"]}, [4], (0,), **LITE0, p=p)],
     "lite0-copied": grid("lite0", COPIED, [4], (0,), **LITE0, p=2.4),
-    "lite0-ablation": [run for own in (OUTPUTS, {"p": 2.0}) for run in grid(
-        "lite0", {"flexround": LITE["flexround"]}, [4], (0,), learn_s1=False, **LITE0, **own)],
+    # Beside the study lite0: s1 fixed, from both starts; learned from the other; no s3 and s4.
+    "lite0-ablation": grid("lite0", {"flexround": [LITE["flexround"][0] | own for own in (
+        OUTPUTS | {"learn_s1": False}, {"learn_s1": False}, {},
+        OUTPUTS | {"use_s3_s4": False})]}, [4], (0,), **LITE0),
     "lite0-equal": grid("lite0", RTN | LITE, [4], (0,), **LITE0, **OUTPUTS, equal=True),
     "lite0-travel": grid("lite0", {"adaquant": [{"lr": 0.16, "s1_lr": 0.16}]}, [4], (0,), **LITE0,
                          **OUTPUTS),
