@@ -149,8 +149,13 @@ STUDIES = {
         "lite0", LITE, [4], (0,), **LITE0, **OUTPUTS, abits=4, setting=setting)],
     "lite0-samples": grid("lite0", RTN | LITE, [4], (0,), **LITE0 | {"samples": 32}, **OUTPUTS),
     "lite0-channels": grid("lite0", RTN | LITE, [4], (0,), per_channel=True, **LITE0, **OUTPUTS),
-    # One step a layer, weights alone. One seed: a run takes half an hour.
+    # One step a layer, weights alone. One seed: a run takes ten minutes.
     "gemma": grid("gemma", RTN | GEMMA, [6], (0,), **WORDS),
+    # Each from the start that the search on two blocks likes less, because two blocks can mislead.
+    "gemma-starts": grid("gemma", {
+        "adaquant": [GEMMA["adaquant"][0] | OUTPUTS],
+        "flexround": [GEMMA["flexround"][0] | {"start": "weights"}],
+        "adaround": [GEMMA["adaround"][0] | OUTPUTS]}, [6], (0,), **WORDS),
     "gemma-8-bits": grid("gemma", RTN | GEMMA_8, [8], (0,), **WORDS),
     "gemma-asymmetric": grid("gemma", RTN | GEMMA, [6], (0,), symmetric=False, **WORDS) +
     grid("gemma", RTN | GEMMA_8, [8], (0,), symmetric=False, **WORDS),
