@@ -380,7 +380,9 @@ def search_outputs(layer: nn.Module, inputs: list[Tensor], bits: int, symmetric:
     A step that is good for the weights can be bad for what the layer computes. Depthwise layers
     show it best: a few large channels ask for a large step, and most weights of the other channels
     then round to zero. AdaRound can make such a weight 0 or 1 step and nothing else. So a method
-    that keeps s1 where it starts needs a start that knows the inputs.
+    that keeps s1 where it starts needs a start that knows the inputs. The reverse exists, too: if
+    a few channels own the output, and a norm behind the layer makes them small again, the output
+    asks for a step that is far too large (MiniLM in experiments/SEARCHES.md).
 
     Args:
         layer: an nn.Linear or nn.Conv2d, float.

@@ -107,7 +107,8 @@ LITE = {"adaround": [{"lr": 0.3, "reg_weight": 1e4}], "adaquant": [{"lr": 1e-3, 
 GEMMA = {"adaround": [{"lr": 0.03, "reg_weight": 1e4}], "adaquant": [{"lr": 1e-4, "s1_lr": 2e-3}],
          "flexround": [{"lr": 2e-3, "s1_lr": 5e-4, "start": "outputs"}]}
 GEMMA_8 = {"adaround": [{}], "adaquant": [{}], "flexround": [{}]}
-MINILM = {"adaround": [{}], "adaquant": [{}], "flexround": [{}]}
+MINILM = {"adaround": [{"lr": 0.1, "reg_weight": 2.5e4, "p": 1.0}],
+          "adaquant": [{"lr": 5e-4, "s1_lr": 5e-4}], "flexround": [{"lr": 8e-3, "s1_lr": 2e-3}]}
 # As the paper quantizes transformers: no exception of the first and the last layer.
 WORDS = {"iterations": 60, "samples": 32, "end_bits": None}
 SENTENCES = {"iterations": 60, "samples": 128, "end_bits": None}
@@ -163,9 +164,9 @@ STUDIES = {
     "gemma-activations": grid("gemma", RTN, [8], (0,), symmetric=False, abits=8, **WORDS) +
     grid("gemma", GEMMA_8, [8], (0,), symmetric=False, abits=8, setting="Q", **WORDS),
     "minilm": grid("minilm", RTN | MINILM, [4, 3], (0,), **SENTENCES),
-    "minilm-activations": grid("minilm", RTN, [8, 4], (0,), symmetric=False, abits=8,
+    "minilm-activations": grid("minilm", RTN, [4, 8], (0,), symmetric=False, abits=8,
                                **SENTENCES) +
-    grid("minilm", MINILM, [8, 4], (0,), symmetric=False, abits=8, setting="Q", **SENTENCES),
+    grid("minilm", MINILM, [4, 8], (0,), symmetric=False, abits=8, setting="Q", **SENTENCES),
     # Not made again yet with searched knobs. Each needs a search of its own first.
     "resnet20": grid("resnet20", RTN | THREE, [4, 3, 2], iterations=1000, **OUTPUTS),
     "mobilenet": grid("cifar-mobilenet", RTN | THREE, [4, 3, 2], iterations=1000, **OUTPUTS),
