@@ -246,7 +246,7 @@ class AdaRound(RoundToNearest):
     The regulariser has a weight. In the paper it is BRECQ's 0.01, in the unit of the loss. A block
     whose loss is a thousand times larger would then need another weight, because nothing would
     close h. So our weight is a multiple of round to nearest's loss, divided among the weights of
-    the block. We searched it (experiments/SEARCHES.md). Above a thousand it hardly matters.
+    the block. We searched it (experiments/SEARCHES.md). From 10,000 on it hardly matters.
     """
 
     default_lr = 0.3                 # V is a logit: Adam moves it by lr * iterations / 2 at most

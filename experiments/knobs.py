@@ -26,6 +26,7 @@ import argparse
 import copy
 import math
 import os
+import statistics
 import sys
 import time
 from functools import lru_cache
@@ -211,7 +212,7 @@ def best_table(held: list[dict]) -> str:
             found = from_starts(held, place, method)
             others = " | ".join(f"{found[name]:.2f}" if name in found else "" for name in names)
             kept = sum(chosen["kept"]) / len(chosen["kept"])
-            spread = f"{runs[0]:.2f} ({runs[len(runs) // 2]:.2f}, {runs[-1]:.2f})"
+            spread = f"{runs[0]:.2f} ({statistics.median(runs):.2f}, {runs[-1]:.2f})"
             lines.append(f"| {place} | W{PLACES[place][0]} | {studies.NAMES[method]} | {settings} "
                          f"| {spread} | {kept:.2f} | {others} |")
     return "\n".join(lines)
