@@ -167,7 +167,10 @@ STUDIES = {
     "minilm": grid("minilm", RTN | MINILM, [4, 3], (0,), **SENTENCES),
     "minilm-activations": grid("minilm", RTN, [4, 8], (0,), symmetric=False, abits=8,
                                **SENTENCES) +
-    grid("minilm", MINILM, [4, 8], (0,), symmetric=False, abits=8, setting="Q", **SENTENCES),
+    grid("minilm", MINILM, [4, 8], (0,), symmetric=False, abits=8, setting="Q", **SENTENCES) +
+    # AdaRound's start was searched at W3, where p = 1 clips. At more bits that is wrong.
+    grid("minilm", {"adaround": [MINILM["adaround"][0] | {"p": 2.0}]}, [4, 8], (0,),
+         symmetric=False, abits=8, setting="Q", **SENTENCES),
     # Not made again yet with searched knobs. Each needs a search of its own first.
     "resnet20": grid("resnet20", RTN | THREE, [4, 3, 2], iterations=1000, **OUTPUTS),
     "mobilenet": grid("cifar-mobilenet", RTN | THREE, [4, 3, 2], iterations=1000, **OUTPUTS),

@@ -755,7 +755,7 @@ def test_an_iteration_is_timed_beside_its_floor():
     before = copy.deepcopy(block.state_dict())
     tries = (timing.time_block(block, correlated(32, 3, 6, 6), config, rounds=5) for _ in range(5))
     assert any(0 < took["floor"] < took["iteration"] and took["evaluations"] > 0
-               for took in tries)                                    # one can be off: a busy machine
+               for took in tries)                                    # a busy machine disturbs
     assert all(torch.equal(v, before[k]) for k, v in block.state_dict().items())
 
 
