@@ -150,7 +150,7 @@ STUDIES = {
         "lite0", LITE, [4], (0,), **LITE0, **OUTPUTS, abits=4, setting=setting)],
     "lite0-samples": grid("lite0", RTN | LITE, [4], (0,), **LITE0 | {"samples": 32}, **OUTPUTS),
     "lite0-channels": grid("lite0", RTN | LITE, [4], (0,), per_channel=True, **LITE0, **OUTPUTS),
-    # One step a layer, weights alone. One seed: a run takes ten minutes.
+    # One step a layer, weights alone. One seed: a run takes 5 to 20 minutes.
     "gemma": grid("gemma", RTN, [6], (0,), **WORDS) +
     grid("gemma", GEMMA, [6], (0,), **WORDS, **OUTPUTS),
     "gemma-starts": grid("gemma", GEMMA, [6], (0,), **WORDS),         # from the paper's start
