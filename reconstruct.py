@@ -887,6 +887,7 @@ def one_run(job) -> float:
     task = models.load_task(name, **options)
     if config is not None:
         config = replace(config, batch_size=task.batch_size)
+        torch.manual_seed(config.seed)                               # your rule may draw its start
         quantize_model(task.net.blocks, task.calibration, config, show=False)
     with parametrize.cached():                                       # quantize each weight once
         return task.score(task.net.to(device))

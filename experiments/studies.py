@@ -29,6 +29,7 @@ import numpy as np
 import torch
 from torch.nn.utils import parametrize
 
+import experiments.lrq  # noqa: F401 (it puts its rule into flexround.METHODS)
 import models
 from experiments import pretrained, tools, train
 from reconstruct import ReconstructionConfig, device_of, quantize_model
@@ -40,7 +41,7 @@ MALLOC = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2 ** 34),
 HERE = Path(__file__).parent
 COMMITTED = HERE / "runs.jsonl"                                      # no run is added to it
 NAMES = {"rtn": "round to nearest", "adaround": "AdaRound", "adaquant": "AdaQuant",
-         "flexround": "FlexRound"}
+         "flexround": "FlexRound", "lrq": "LRQ"}
 # Networks of tinyshakespeare's characters: layers, width, context, steps of training, kind, heads.
 TEXTS = {"shakespeare": (4, 128, 128, 2500), "small-shakespeare": (3, 64, 64, 1000),
          "llama": (5, 64, 64, 2000, train.llama, 8)}
@@ -96,7 +97,8 @@ CANDIDATES = {
     "adaround": [{"lr": 0.3, "reg_weight": weight} for weight in (1e3, 1e4, 1e5)],
     "adaquant": [{"lr": lr, "s1_lr": s1_lr} for lr, s1_lr in (
         (1e-3, 4e-3), (1e-3, 1.6e-2), (4e-3, 4e-3))],
-    "flexround": [{"lr": lr, "s1_lr": 8e-3} for lr in (8e-3, 1.6e-2, 3.2e-2)]}
+    **{method: [{"lr": lr, "s1_lr": 8e-3} for lr in (8e-3, 1.6e-2, 3.2e-2)]
+       for method in ("flexround", "lrq")}}
 UNEQUAL = {"adaround": [{"lr": 0.2, "reg_weight": 1e5, "p": 0.5}],
            "adaquant": [{"lr": 4e-3, "s1_lr": 0.256, "p": 1.0}],
            "flexround": [{"lr": 6.4e-2, "s1_lr": 0.128, "p": 0.5}]}
@@ -113,7 +115,7 @@ MINILM = {"adaround": [{"lr": 0.1, "reg_weight": 2.5e4, "p": 1.0}],
 WORDS = {"iterations": 60, "samples": 32, "end_bits": None}
 SENTENCES = {"iterations": 60, "samples": 128, "end_bits": None}
 LITE0 = {"iterations": 250, "samples": 256}
-OUTPUTS = {"start": "outputs"}
+OUTPUTS, PAPER = {"start": "outputs"}, {"start": "weights", "p": 2.0}
 # What we had copied: one rate for all of FlexRound, V's rate for AdaQuant's s1, and for AdaRound a
 # weight as small as BRECQ's 0.01, which in our unit depends on the block and is below 1 in most.
 COPIED = {"adaround": [{"lr": 0.3, "reg_weight": 0.1}], "adaquant": [{"lr": 1e-3, "s1_lr": 1e-3}],
@@ -127,11 +129,11 @@ STUDIES = {
     "choice": grid("resnet mobilenet gpt", CANDIDATES, [2], (0,), split="train", iterations=250,
                    **OUTPUTS),
     "unequal": grid("resnet", RTN | UNEQUAL, [2], spreads=(1, 4, 16), iterations=500),
-    # Each method from its best start of the two.
-    "samples": [run for network, samples in product(
-        ("resnet", "mobilenet", "gpt"), (8, 32, 128, 512)) for run in grid(
-            network, RTN | THREE | {"adaround": [{"start": "weights", "p": 2.0}]}, [2],
-            iterations=250, samples=samples, **OUTPUTS)],
+    # AdaRound from its better start of the two.
+    "samples": [run for (network, own), samples in product(
+        (("resnet", PAPER), ("mobilenet", {}), ("gpt", PAPER)), (8, 32, 128, 512)) for run in grid(
+            network, RTN | THREE | {"adaround": [own], "lrq": [{}]}, [2], iterations=250,
+            samples=samples, **OUTPUTS)],
     "lite0": grid("lite0", RTN | LITE, [4], (0, 1, 2, 3, 4), **LITE0, **OUTPUTS),
     # On two blocks AdaRound is best with p = 0.5. The others, whose s1 learns, hardly differ.
     "lite0-start": [run for p in (0.5, 2.0) for run in grid(
@@ -146,14 +148,14 @@ STUDIES = {
                          **OUTPUTS),
     "lite1": grid("lite1", RTN | LITE, [4], (0,), **LITE0, **OUTPUTS),
     "lite0-3-bits": grid("lite0", RTN | LITE, [3], (0,), **LITE0, **OUTPUTS),
-    "lite0-activations": [run for setting in "QB" for run in grid(
+    "lite0-activations": grid("lite0", RTN, [4], (0,), **LITE0, **OUTPUTS, abits=4) +
+    [run for setting in "QB" for run in grid(
         "lite0", LITE, [4], (0,), **LITE0, **OUTPUTS, abits=4, setting=setting)],
     "lite0-samples": grid("lite0", RTN | LITE, [4], (0,), **LITE0 | {"samples": 32}, **OUTPUTS),
     "lite0-channels": grid("lite0", RTN | LITE, [4], (0,), per_channel=True, **LITE0, **OUTPUTS),
     # One step a layer, weights alone. One seed: a run takes 5 to 20 minutes.
-    "gemma": grid("gemma", RTN, [6], (0,), **WORDS) +
-    grid("gemma", GEMMA, [6], (0,), **WORDS, **OUTPUTS),
-    "gemma-starts": grid("gemma", GEMMA, [6], (0,), **WORDS),         # from the paper's start
+    "gemma": grid("gemma", RTN | GEMMA, [6], (0,), **WORDS, **OUTPUTS),
+    "gemma-starts": grid("gemma", RTN | GEMMA, [6], (0,), **WORDS),   # from the paper's start
     "gemma-8-bits": grid("gemma", RTN | GEMMA_8, [8], (0,), **WORDS),
     "gemma-asymmetric": grid("gemma", RTN | GEMMA, [6], (0,), symmetric=False, **WORDS) +
     grid("gemma", RTN | GEMMA_8, [8], (0,), symmetric=False, **WORDS),
@@ -240,6 +242,7 @@ def one_run(job) -> tuple[int, dict | None]:
     task = load(run, **options, samples=2 * count if run.split == "test" else None)
     calibration, unseen = task.calibration[:count], task.calibration[count:]
     before, unequal = copy.deepcopy(task.net), tools.inequality(task.net)
+    torch.manual_seed(run.config.seed)                               # LRQ draws its start
     began = time.perf_counter()
     try:
         with tools.plain_sgd() if run.sgd else nullcontext():
@@ -368,7 +371,8 @@ def paired(records: list[dict]) -> str:
         if record["config"]["seed"] not in seeds:                    # nothing to pair it with
             continue
         own, bits = settings_of(record), np.frombuffer(bytes.fromhex(record["right"]), np.uint8)
-        key = f"{record['network']} | W{own['bits']}{', per channel' * own['per_channel']}"
+        abits = f"A{own['abits']}, setting {own['setting']}" if own["abits"] else ""
+        key = f"{record['network']} | W{own['bits']}{abits}{', per channel' * own['per_channel']}"
         count = int(record["about"].split(" on ")[-1].split()[0].replace(",", ""))
         right.setdefault(key, {}).setdefault(own["method"], []).append(
             np.unpackbits(bits, count=count))
@@ -467,8 +471,7 @@ TABLES = {"samples": [few_inputs, ranking], "lite0": [table, paired], "lite1": [
           **dict.fromkeys([name for name in STUDIES if name.startswith("gemma")],
                           [table, paired_windows]),
           "minilm": [table, cosines, paired], "minilm-activations": [table, cosines],
-          **dict.fromkeys([name for name in STUDIES if name.startswith("lite0-")],
-                          [table])}
+          "lite0-activations": [table, paired]}
 
 
 def shown(records: list[dict]) -> str:

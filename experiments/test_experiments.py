@@ -144,14 +144,22 @@ def test_the_table_by_hand():
 
 def test_the_other_tables_by_hand():
     """Whether FlexRound is ahead, and which rate is the best, are read off these."""
-    def run(method, right, unseen):
+    def run(method, right, unseen, **own):
+        config = ReconstructionConfig(method, 3, lr={"rtn": None}.get(method, 1), **own)
         return {"study": "s", "network": "net", "about": "accuracy on 4 test images", "right":
                 f"{right << 4:02x}", "losses": {"unseen": [0.0, *unseen]},
-                "config": asdict(ReconstructionConfig(method, 3, lr={"rtn": None}.get(method, 1)))}
+                "config": asdict(config)}
     runs = [run("rtn", 0b0000, [2, 8]), run("flexround", 0b1101, [1, 1]),
             run("flexround", 0b1001, [1, 1]), run("adaround", 0b0101, [2, 2])]
     assert studies.paired(runs[1:]).splitlines()[2:] == [            # 100, -50, 0 and 0 points
         "| net | W3 | AdaRound | +12.5 ± 61.7 | 1.0 | 0.5 |"]
+    in_q, in_b = {"abits": 4, "setting": "Q"}, {"abits": 4}          # beside the same setting only
+    runs = [run(*own, [1], **setting) for setting, *methods in (
+        (in_q, ("flexround", 0b1111), ("adaround", 0b0111)),
+        (in_b, ("flexround", 0b1111), ("adaround", 0b1111))) for own in methods]
+    assert studies.paired(runs).splitlines()[2:] == [
+        "| net | W3A4, setting Q | AdaRound | +25.0 ± 49.0 | 1.0 | 0.0 |",
+        "| net | W3A4, setting B | AdaRound | +0.0 ± 0.0 | 0.0 | 0.0 |"]
 
 
 def test_windows_and_cosines_by_hand():
@@ -1144,6 +1152,15 @@ def test_our_llama_is_transformers():
     with keep, torch.no_grad():
         blocks, x = train.llama(65, 64, 2, 8, 64).eval(), torch.randint(65, (2, 64))
         torch.testing.assert_close(blocks(x), made[0](x).logits)
+
+
+def test_lrq_is_the_readmes_example():
+    """Both are read, and the study's column is named after the README's rule."""
+    readme = (HERE.parent / "README.md").read_text()
+    code, = [code for code in readme.split("```python\n") if "class LRQ" in code]
+    _, _, ours = (HERE / "lrq.py").read_text().split('"""', 2)
+    assert [line for line in ours.splitlines() if line] == [
+        line for line in code.split("```")[0].splitlines() if line]
 
 
 def test_what_is_watched_is_what_was_learned():
