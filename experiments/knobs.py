@@ -67,7 +67,7 @@ COARSE = {
               "flexround": {"lr": (5e-4, 2e-3, 8e-3), "s1_lr": (2e-3, 1.6e-2)}},
     "gemma at W8": {"adaround": {"lr": (0.01, 0.03, 0.1), "reg_weight": WEIGHTS},
                     "adaquant": {"lr": (6e-6, 2.5e-5, 1e-4), "s1_lr": (5e-4, 4e-3)},
-                    "flexround": {"lr": (1.2e-4, 5e-4, 2e-3), "s1_lr": (5e-4, 4e-3)}},
+                    "flexround": {"lr": (5e-4, 2e-3, 8e-3), "s1_lr": (5e-4, 4e-3)}},
     "minilm": {"adaround": {"lr": (0.03, 0.1, 0.3), "reg_weight": WEIGHTS},
                "adaquant": {"lr": (1.2e-4, 5e-4, 2e-3), "s1_lr": (2e-3, 1.6e-2)},
                "flexround": {"lr": (2e-3, 8e-3, 3.2e-2), "s1_lr": (2e-3, 1.6e-2)}},

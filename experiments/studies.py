@@ -97,8 +97,10 @@ CANDIDATES = {
     "adaround": [{"lr": 0.3, "reg_weight": weight} for weight in (1e3, 1e4, 1e5)],
     "adaquant": [{"lr": lr, "s1_lr": s1_lr} for lr, s1_lr in (
         (1e-3, 4e-3), (1e-3, 1.6e-2), (4e-3, 4e-3))],
-    **{method: [{"lr": lr, "s1_lr": 8e-3} for lr in (8e-3, 1.6e-2, 3.2e-2)]
-       for method in ("flexround", "lrq")}}
+    "flexround": [{"lr": lr, "s1_lr": 8e-3} for lr in (8e-3, 1.6e-2, 3.2e-2)],
+    "lrq": [{"lr": lr, "s1_lr": s1_lr} for lr, s1_lr in (
+        (3.2e-2, 8e-3), (6.4e-2, 8e-3), (0.128, 3.2e-2))]}
+LRQ = {"lrq": [{"lr": 0.128, "s1_lr": 3.2e-2}]}
 UNEQUAL = {"adaround": [{"lr": 0.2, "reg_weight": 1e5, "p": 0.5}],
            "adaquant": [{"lr": 4e-3, "s1_lr": 0.256, "p": 1.0}],
            "flexround": [{"lr": 6.4e-2, "s1_lr": 0.128, "p": 0.5}]}
@@ -132,7 +134,7 @@ STUDIES = {
     # AdaRound from its better start of the two.
     "samples": [run for (network, own), samples in product(
         (("resnet", PAPER), ("mobilenet", {}), ("gpt", PAPER)), (8, 32, 128, 512)) for run in grid(
-            network, RTN | THREE | {"adaround": [own], "lrq": [{}]}, [2], iterations=250,
+            network, RTN | THREE | LRQ | {"adaround": [own]}, [2], iterations=250,
             samples=samples, **OUTPUTS)],
     "lite0": grid("lite0", RTN | LITE, [4], (0, 1, 2, 3, 4), **LITE0, **OUTPUTS),
     # On two blocks AdaRound is best with p = 0.5. The others, whose s1 learns, hardly differ.
@@ -163,11 +165,13 @@ STUDIES = {
     "gemma-activations": grid("gemma", RTN, [8], (0,), symmetric=False, abits=8, **WORDS) +
     grid("gemma", GEMMA_8, [8], (0,), symmetric=False, abits=8, setting="Q", **WORDS),
     "minilm": grid("minilm", RTN | MINILM, [4, 3], (0,), **SENTENCES),
+    "minilm-starts": grid("minilm", {"adaround": [MINILM["adaround"][0] | PAPER]}, [4, 3], (0,),
+                          **SENTENCES),
     "minilm-activations": grid("minilm", RTN, [4, 8], (0,), symmetric=False, abits=8,
                                **SENTENCES) +
     grid("minilm", MINILM, [4, 8], (0,), symmetric=False, abits=8, setting="Q", **SENTENCES) +
     # AdaRound's start was searched at W3, where p = 1 clips. At more bits that is wrong.
-    grid("minilm", {"adaround": [MINILM["adaround"][0] | {"p": 2.0}]}, [4, 8], (0,),
+    grid("minilm", {"adaround": [MINILM["adaround"][0] | PAPER]}, [4, 8], (0,),
          symmetric=False, abits=8, setting="Q", **SENTENCES),
     # Not made again yet with searched knobs. Each needs a search of its own first.
     "resnet20": grid("resnet20", RTN | THREE, [4, 3, 2], iterations=1000, **OUTPUTS),
@@ -470,7 +474,8 @@ def cosines(records: list[dict]) -> str:
 TABLES = {"samples": [few_inputs, ranking], "lite0": [table, paired], "lite1": [table, paired],
           **dict.fromkeys([name for name in STUDIES if name.startswith("gemma")],
                           [table, paired_windows]),
-          "minilm": [table, cosines, paired], "minilm-activations": [table, cosines],
+          "minilm": [table, cosines, paired],
+          **dict.fromkeys(["minilm-starts", "minilm-activations"], [table, cosines]),
           "lite0-activations": [table, paired]}
 
 
