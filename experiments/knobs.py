@@ -15,7 +15,7 @@ method in each place:
 
 The transformers, gemma and minilm, have other parts, because an iteration of them takes long: a
 grid of 6 runs from the paper's start, the weights with p = 2, three other starts, and beyond it
-the second knob at a quarter.
+one of the two knobs at a quarter.
 
 studies.py then compares three candidates of each method on whole networks (the study choice).
 
@@ -57,7 +57,7 @@ GRIDS = {
     "flexround": {"lr": (4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2), "s1_lr": (8e-3, 3.2e-2, 0.128)},
 }
 # 6 runs a method. The finer the grid, the smaller are the steps of V, which has a weight's unit,
-# and of log S2, which moves a weight by more steps of the grid. So 8 bits have rates of their own.
+# and of log S2, which moves a weight by more steps of the grid. So 8 bits have a grid of their own.
 # (At 6 bits our first grids were four times as high, AdaRound's ten times, and had their best at
 # the lower edge. So we moved all of them down.)
 WEIGHTS = (1e4, 1e5)
@@ -103,8 +103,9 @@ def starts(held: list[dict], place: str) -> list[tuple[str, dict]]:
 
 def beyond(held: list[dict], place: str) -> list[tuple[str, dict]]:
     """The best so far, with the rate twice, the other knob four times as large, and both. In a
-    coarse place the other knob is a quarter, because the best ones are at the lower edge there."""
-    factors = ((1, 0.25),) if place in COARSE else ((2, 1), (1, 4), (2, 4))
+    coarse place either is a quarter: the other knob because the best ones are at the lower edge,
+    the rate because another start than the grid's may want a smaller one."""
+    factors = ((1, 0.25), (0.25, 1)) if place in COARSE else ((2, 1), (1, 4), (2, 4))
     runs = []
     for method, knobs in grids(place).items():
         rate, other = knobs

@@ -278,7 +278,7 @@ def test_the_runs_beyond_the_grid_begin_at_the_best_start():
         {"lr": 2, "reg_weight": 40, "p": 0.5}]
 
 
-def test_a_coarse_place_has_other_starts_and_a_smaller_second_knob():
+def test_a_coarse_place_has_other_starts_and_smaller_knobs():
     """Gemma's grid begins at the paper's start. If only that were tried, AdaRound, which keeps s1,
     would stand or fall with it."""
     grid = [{"part": "grid", "place": "gemma", "method": method, "unseen": [u], "settings": {
@@ -291,8 +291,9 @@ def test_a_coarse_place_has_other_starts_and_a_smaller_second_knob():
     assert [knobs.start_of(own) for _, own in runs[:3]] == ["outputs", "p = 1", "p = 3"]
     better = {**grid[0], "part": "starts", "settings": runs[2][1], "unseen": [0.5]}
     held = [nearest, *grid, better]
-    (_, first), *_ = knobs.beyond(held, "gemma")
+    (_, first), (_, second), *_ = knobs.beyond(held, "gemma")
     assert first == {"lr": 2, "reg_weight": 2, "start": "weights", "p": 3.0}
+    assert second == {"lr": 0.5, "reg_weight": 8, "start": "weights", "p": 3.0}
     assert knobs.from_starts(held, "gemma", "adaround") == {"p = 3": pytest.approx(0.05)}
     assert knobs.longer(held, "gemma")[0] == ("adaround", better["settings"])
 
@@ -1155,7 +1156,7 @@ def test_our_llama_is_transformers():
 
 
 def test_lrq_is_the_readmes_example():
-    """Both are read, and the study's column is named after the README's rule."""
+    """A reader shall find the rule of the study's column in the README, line by line."""
     readme = (HERE.parent / "README.md").read_text()
     code, = [code for code in readme.split("```python\n") if "class LRQ" in code]
     _, _, ours = (HERE / "lrq.py").read_text().split('"""', 2)
