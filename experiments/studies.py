@@ -163,6 +163,8 @@ STUDIES = {
     "gemma": grid("gemma", RTN | GEMMA, [6], (0,), **WORDS, **OUTPUTS),
     "gemma-starts": grid("gemma", RTN | GEMMA, [6], (0,), **WORDS),   # from the paper's start
     "gemma-8-bits": grid("gemma", RTN | GEMMA_8, [8], (0,), **WORDS, **OUTPUTS),
+    "gemma-8-starts": grid("gemma", {"adaround": [{"lr": 0.03, "reg_weight": 1e4}]}, [8], (0,),
+                           **WORDS),                                  # its best one from there
     "gemma-asymmetric": [run for bits, settings in ((6, GEMMA), (8, GEMMA_8)) for run in grid(
         "gemma", RTN | settings, [bits], (0,), symmetric=False, **WORDS, **OUTPUTS)],
     # As the paper quantizes language models.

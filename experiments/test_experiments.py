@@ -1173,7 +1173,7 @@ def test_a_rule_that_draws_its_start_draws_it_by_the_seed(monkeypatch):
             self.log_S2.data += torch.randn_like(W)
 
     monkeypatch.setitem(flexround.METHODS, "drawn", Drawn)
-    config = ReconstructionConfig("drawn", 3, iterations=1)
+    config = ReconstructionConfig("drawn", 3, iterations=1, batch_size=8)
     run = studies.Run("resnet", config, samples=8)
     options = {"samples": 8, "networks": models.NETWORKS}
     finals, scores = ([make() for _ in range(2)] for make in (
