@@ -106,9 +106,9 @@ UNEQUAL = {"adaround": [{"lr": 0.2, "reg_weight": 1e5, "p": 0.5}],
            "flexround": [{"lr": 6.4e-2, "s1_lr": 0.128, "p": 0.5}]}
 LITE = {"adaround": [{"lr": 0.3, "reg_weight": 1e4}], "adaquant": [{"lr": 1e-3, "s1_lr": 0.256}],
         "flexround": [{"lr": 1.6e-2, "s1_lr": 0.128}]}
-# Gemma's at 6 and at 8 bits, and MiniLM's at 3. Gemma starts on the outputs, because at 6 bits that
-# leaves less of the whole network's losses on text that is not scored, for each method. At 8 bits
-# it is so in two blocks.
+# Gemma's at 6 and at 8 bits, and MiniLM's at 3. Gemma starts on the outputs, because that leaves
+# less of the whole network's losses on text that is not scored: for each method at 6 bits, and at 8
+# for AdaRound, the only one that ran from both starts there.
 GEMMA = {"adaround": [{"lr": 0.03, "reg_weight": 1e4}], "adaquant": [{"lr": 1e-4, "s1_lr": 2e-3}],
          "flexround": [{"lr": 2e-3, "s1_lr": 5e-4}]}
 GEMMA_8 = {"adaround": [{"lr": 7.5e-3, "reg_weight": 1e4}],
@@ -482,6 +482,7 @@ def cosines(records: list[dict]) -> str:
 TABLES = {"samples": [few_inputs, ranking], "lite0": [table, paired], "lite1": [table, paired],
           **dict.fromkeys([name for name in STUDIES if name.startswith("gemma")],
                           [table, paired_windows]),
+          "gemma-8-starts": [table],
           "minilm": [table, cosines, paired],
           **dict.fromkeys(["minilm-starts", "minilm-activations"], [table, cosines]),
           "lite0-activations": [table, paired]}
