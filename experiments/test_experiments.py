@@ -1173,11 +1173,11 @@ def test_a_rule_that_draws_its_start_draws_it_by_the_seed(monkeypatch):
             self.log_S2.data += torch.randn_like(W)
 
     monkeypatch.setitem(flexround.METHODS, "drawn", Drawn)
-    config = ReconstructionConfig("drawn", 3, iterations=1, batch_size=8)
-    run = studies.Run("resnet", config, samples=8)
-    options = {"samples": 8, "networks": models.NETWORKS}
+    config = ReconstructionConfig("drawn", 3, iterations=1)
+    run = studies.Run("resnet", config, samples=32)
+    options = {"samples": 32, "networks": models.NETWORKS}
     finals, scores = ([make() for _ in range(2)] for make in (
-        lambda: studies.one_run((0, run, {"samples": 8}, {}))[1]["finals"],
+        lambda: studies.one_run((0, run, {"samples": 32}, {}))[1]["finals"],
         lambda: reconstruct.one_run((config, "resnet", options, "cpu"))))
     assert finals[0] == finals[1] and scores[0] == scores[1]
 
