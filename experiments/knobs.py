@@ -42,7 +42,7 @@ from experiments import pretrained, studies, tools
 from reconstruct import ReconstructionConfig, quantize_model
 
 HERE = Path(__file__).parent / "knobs.jsonl"
-START = {"start": "outputs"}
+START, PAPER = studies.OUTPUTS, studies.PAPER
 
 # network: bits, blocks, spread of the channels, inputs
 PLACES = {"lite0": (4, (1, 13), 1, 256), "resnet20": (3, (1, 4, 8), 1, 256),
@@ -74,7 +74,6 @@ COARSE = {
 }
 # The smaller p, the smaller the s1 that the search finds, because large weights count less.
 STARTS = [{"start": "weights", "p": p} for p in (0.5, 1.0, 2.0, 2.4, 3.0)]
-PAPER = {"start": "weights", "p": 2.0}
 
 
 def grids(place: str) -> dict:

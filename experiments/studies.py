@@ -129,7 +129,7 @@ COPIED = {"adaround": [{"lr": 0.3, "reg_weight": 0.1}], "adaquant": [{"lr": 1e-3
 STUDIES = {
     # AdaRound from the paper's start as well, which the search by blocks prefers in two places.
     "first": grid("resnet mobilenet gpt", RTN | THREE, [2], iterations=250, **OUTPUTS) +
-    grid("resnet mobilenet gpt", {"adaround": [{"p": 2.0}]}, [2], iterations=250),
+    grid("resnet mobilenet gpt", {"adaround": [PAPER]}, [2], iterations=250),
     # Three candidates a method, from the search by blocks, on whole networks. Not the test split.
     "choice": grid("resnet mobilenet gpt", CANDIDATES, [2], (0,), split="train", iterations=250,
                    **OUTPUTS),
