@@ -87,6 +87,7 @@ class ReconstructionConfig:
     end_bits: int | None = 8         # bits of the first and the last layer. None: as the others
     device: str | None = None        # blocks compute there in turn. None: where the first one is
     cache_device: str | None = None  # holds the activations. None: the device that computes
+    cuda_graph: bool = False         # on CUDA, record an iteration and replay it: see recorded
 
     def __post_init__(self):
         def need(name, fits, allowed):
@@ -329,6 +330,32 @@ def make_iteration(block: nn.Module, x_q: Tensor, y_fp: Tensor, config: Reconstr
         """Batch i of a tensor of all inputs, on the block's device."""
         return tensor.detach().index_select(0, batches[i].to(tensor.device)).to(device)
 
+    def gradients(x, y, reg_weight, beta):
+        """The loss of a batch. Its gradients go into the factors' .grad."""
+        # The loss is the objective of section 3.1. To evaluate, reconstruct_block puts the block
+        # into eval mode, and its own dropout and batch norm stay so. But here AdaRound has to be
+        # soft and LSQ has to drop, which they do in train mode. The other rules have no modes.
+        for q in regularised + dropping:
+            q.train()
+        # Each layer computes W_hat from W and its factors, so that gradients reach the factors.
+        loss = block_loss(block(x), y, config.channel_dim)
+        # AdaRound's soft start is W itself. In the first block, which gets the float inputs, the
+        # loss is then 0, and its gradient is rounding noise. Adam would make whole steps of it,
+        # different ones on each processor. So a loss that is only noise gets the gradient 0.
+        loss = loss * (loss.detach() > torch.finfo(loss.dtype).eps * start_loss)
+        # AdaRound's regulariser pulls h to 0 or 1. The further beta falls, the more weights it
+        # moves.
+        for q in regularised:
+            loss = loss + reg_weight * q.regulariser(beta)
+        # backward() passes through round() (flexround.Round says how), and in FlexRound by the
+        # reciprocal rule (flexround.Division).
+        optimizer.zero_grad()
+        loss.backward()
+        return loss.detach()
+
+    if config.cuda_graph and device.type == "cuda":
+        gradients = recorded(gradients, drawn(x_q, 0), drawn(y_fp, 0), 0.0, 1.0)
+
     def iterate(i):
         # 1. The rate. It falls to 0 along half a cosine: large steps first, to leave round to
         # nearest, and small ones at the end, so that the codes settle.
@@ -344,31 +371,70 @@ def make_iteration(block: nn.Module, x_q: Tensor, y_fp: Tensor, config: Reconstr
         if config.drop > 0:
             x = torch.where(torch.rand(x.shape, device=device) < config.drop, drawn(x_fp, i), x)
 
-        # 4. The loss: the objective of section 3.1. To evaluate, reconstruct_block puts the block
-        # into eval mode, and its own dropout and batch norm stay so. But here AdaRound has to be
-        # soft and LSQ has to drop, which they do in train mode. The other rules have no modes.
-        for q in regularised + dropping:
-            q.train()
-        # Each layer computes W_hat from W and its factors, so that gradients reach the factors.
-        loss = block_loss(block(x), y, config.channel_dim)
-        # AdaRound's soft start is W itself. In the first block, which gets the float inputs, the
-        # loss is then 0, and its gradient is rounding noise. Adam would make whole steps of it,
-        # different ones on each processor. So a loss that is only noise gets the gradient 0.
-        loss = loss * (loss.detach() > torch.finfo(loss.dtype).eps * start_loss)
-        # AdaRound's regulariser: share is 0 for the first fifth of the iterations and 1 afterwards.
-        # It pulls h to 0 or 1. The further beta falls, the more weights it moves.
+        # 4. The loss and its gradients, as above. The regulariser's share is 0 for the first fifth
+        # of the iterations and 1 afterwards.
         share, beta = flexround.AdaRound.schedule(i / total)
-        for q in regularised:
-            loss = loss + share * reg_weight * q.regulariser(beta)
+        loss = gradients(x, y, share * reg_weight, beta)
 
-        # 5. The step. backward() passes through round() (flexround.Round says how), and in
-        # FlexRound by the reciprocal rule (flexround.Division).
-        optimizer.zero_grad()
-        loss.backward()
+        # 5. The step of all factors.
         optimizer.step()
-        return loss.detach()
+        return loss
 
     return iterate
+
+
+def recorded(step, *first):
+    """step(*values) on CUDA, recorded once and replayed. Returns a function of new values.
+
+    A small block computes faster than Python can launch its kernels. A CUDA graph replays all
+    launches of a recorded call as one (experiments/RESULTS.md has the times). A replay runs no
+    Python, and it reads and writes the memory of the recording. So new values are copied into the
+    recorded ones, and what step decides, counts or draws in Python stays as it was recorded. That
+    is why config.cuda_graph is off by default.
+
+    Args:
+        step: takes what `first` has, changes no parameter and returns a tensor.
+        first: values to record with. A value is a tensor on the current device, or a number.
+
+    Returns step itself, with a warning, if step waits for the device (as .item() does), because
+    then it cannot be recorded.
+    """
+    device = first[0].device
+    values = [v.clone() if isinstance(v, Tensor) else torch.tensor(v, device=device) for v in first]
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)
+    current, mode = torch.cuda.current_stream(device), torch.cuda.get_sync_debug_mode()
+    try:
+        # Torch asks for three calls on another stream before it records. In the last one, waiting
+        # is an error. Found out while recording, it would spoil all that follows on the device.
+        stream.wait_stream(current)
+        with torch.random.fork_rng([device]), torch.cuda.stream(stream), warnings.catch_warnings():
+            warnings.simplefilter("ignore")                          # the mode is a prototype
+            step(*values)
+            step(*values)
+            torch.cuda.set_sync_debug_mode("error")
+            step(*values)
+            torch.cuda.set_sync_debug_mode(mode)
+            with torch.cuda.graph(graph, stream=stream):
+                result = step(*values)
+    except RuntimeError as problem:
+        warnings.warn(f"not recorded as a CUDA graph, which is slower: {problem}", stacklevel=2)
+        return step
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
+        torch.cuda.set_stream(current)                               # a failed recording keeps its
+        current.wait_stream(stream)
+
+    def replay(*new):
+        for value, other in zip(values, new, strict=True):
+            if isinstance(other, Tensor):
+                value.copy_(other)
+            else:
+                value.fill_(other)
+        graph.replay()
+        return result
+
+    replay.step = step                                               # the graph uses its memory
+    return replay
 
 
 @torch.no_grad()
@@ -907,7 +973,8 @@ def main(arguments=None) -> None:
         for method in args.method:
             configs[bits, method] = ReconstructionConfig(
                 method, bits, start=args.start, iterations=args.iterations, lr=args.lr,
-                seed=args.seed, abits=args.abits, setting=args.setting, device=args.device)
+                seed=args.seed, abits=args.abits, setting=args.setting, device=args.device,
+                cuda_graph=True)                                     # no effect on a CPU
     for name in args.model:                                          # then missing files
         print(f"{name}: {models.load_task(name, **options).about}")
 

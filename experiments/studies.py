@@ -292,7 +292,7 @@ def settings_of(record: dict) -> dict:
     """The settings of a record, in one order. What it does not hold had its default. We leave
     devices out."""
     settings = DEFAULTS | record["config"]
-    return {k: v for k, v in settings.items() if k not in ("device", "cache_device")}
+    return {k: v for k, v in settings.items() if k not in ("device", "cache_device", "cuda_graph")}
 
 
 def same_run(record: dict, run: Run, facts: dict) -> bool:

@@ -1,17 +1,15 @@
 """What an iteration costs, beside its floor. `python -m experiments.timing` prints the table.
 
 The floor is the block's own forward and backward in plain weights. Nothing that learns by gradient
-can be faster. The CUDA part (CUDA graphs, ResNet-18's blocks) has not run on a GPU yet.
+can be faster. On CUDA each is timed as Python launches it, and recorded as a CUDA graph.
 """
 import argparse
 import copy
 import importlib.util
 import itertools
-import math
 import statistics
 import sys
 import time
-import warnings
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
@@ -21,105 +19,8 @@ from torch import Tensor, nn
 
 import models
 from experiments.tools import peak_memory
-from flexround import METHODS, quantizable_layers, quantize_layers, quantizers
-from reconstruct import (
-    ReconstructionConfig,
-    block_loss,
-    device_of,
-    evaluate,
-    learned_parameters,
-    make_iteration,
-    make_optimizer,
-    run,
-)
-
-
-def captured(step):
-    """Record step() as a CUDA graph, and return what replays it and returns the same tensor.
-
-    Small blocks finish faster than Python can launch their kernels. So we record one iteration as a
-    CUDA graph and replay it: one launch instead of hundreds. A replay always uses the same memory.
-    Everything that changes between iterations must therefore be copied into the same tensors before
-    each replay.
-
-    RuntimeError: step() waits for the device, so it cannot be recorded. We find that out before we
-    record, because a broken recording would spoil what comes after it.
-    """
-    side, before = torch.cuda.Stream(), torch.cuda.get_sync_debug_mode()
-    side.wait_stream(torch.cuda.current_stream())
-    try:
-        with torch.cuda.stream(side):                                # the warm-up: three calls
-            step()
-            step()
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")                      # that it is a prototype
-                torch.cuda.set_sync_debug_mode("error")              # to wait is now an error
-            step()
-    finally:
-        torch.cuda.set_sync_debug_mode(before)
-        torch.cuda.current_stream().wait_stream(side)
-    graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
-    try:
-        with torch.cuda.graph(graph, stream=side):
-            result = step()
-    finally:
-        torch.cuda.set_stream(current)                               # a failed recording keeps side
-
-    def replay():
-        graph.replay()
-        return result
-
-    replay.step = step                                               # the graph uses its memory
-    return replay
-
-
-def recordable_iteration(block: nn.Module, x_q: Tensor, y_fp: Tensor, config: ReconstructionConfig,
-                         record=None):
-    """make_iteration's step for weights alone, with all that changes in tensors that are
-    overwritten: a recorded step reads the same memory each time. record: captured, or None."""
-    device, total = device_of([block]), config.iterations
-    factors, _ = learned_parameters(block, config)
-    regularised = [q for q in quantizers(block).values() if hasattr(q, "regulariser")]
-    optimizer = make_optimizer(block, factors, [], config)
-    groups = optimizer.param_groups
-    now = torch.zeros(len(groups) + 2, device=device)                # rates, then weight and beta
-    weight, beta = now[-2:].unbind()
-    for i, group in enumerate(groups):
-        group["lr"] = now[i]
-        group["capturable"] = device.type == "cuda"
-    draw = torch.Generator().manual_seed(1000 * config.seed)
-    batches = torch.stack([torch.randperm(len(x_q), generator=draw)[:config.batch_size]
-                           for _ in range(total)]).to(device)
-    count = sum(q.V.numel() for q in regularised)
-    changing = []
-    for i in range(total):
-        cosine = (1 + math.cos(math.pi * i / total)) / 2
-        share, exponent = METHODS["adaround"].schedule(i / total)
-        reg_weight = share * config.default("reg_weight") / count if regularised else 0.0
-        changing.append([*(group["first"] * cosine for group in groups), reg_weight, exponent])
-    changing = torch.tensor(changing, device=device)
-    batch = batches[0].clone()
-
-    def step():
-        for q in regularised:
-            q.train()
-        loss = block_loss(block(x_q.index_select(0, batch)), y_fp.index_select(0, batch))
-        loss = loss * (loss.detach() > torch.finfo(loss.dtype).eps)  # as in make_iteration
-        for q in regularised:
-            loss = loss + weight * q.regulariser(beta)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        return loss.detach()
-
-    run_step = step if record is None else record(step)
-
-    def iterate(i):
-        now.copy_(changing[i])
-        batch.copy_(batches[i])
-        return run_step()
-
-    return iterate
+from flexround import quantizable_layers, quantize_layers, quantizers
+from reconstruct import ReconstructionConfig, device_of, evaluate, make_iteration, recorded, run
 
 
 def time_block(block: nn.Module, x: Tensor, config: ReconstructionConfig, rounds: int = 20
@@ -134,8 +35,8 @@ def time_block(block: nn.Module, x: Tensor, config: ReconstructionConfig, rounds
 
     Returns:
         "floor", "iteration", on CUDA also "floor captured" and "iteration captured" (absent, with a
-        warning, where a step cannot be recorded), and "evaluations": what the five evaluations of a
-        block cost, each of 32 batches.
+        warning, where reconstruct.recorded cannot record), and "evaluations": what the five
+        evaluations of a block cost, each of 32 batches.
     """
     device = device_of([block])
     cuda = device.type == "cuda"
@@ -147,16 +48,13 @@ def time_block(block: nn.Module, x: Tensor, config: ReconstructionConfig, rounds
     for q in quantizers(hat).values():
         q.requires_grad_()
 
-    def floor():
+    def floor(batch):
         for W in weights:
             W.grad = None
         plain(batch).backward(G)
 
-    def iteration(record=None):
-        if record is None:
-            iterate = make_iteration(hat, x, y, config)
-        else:
-            iterate = recordable_iteration(hat, x, y, config, record)
+    def iteration(cuda_graph):
+        iterate = make_iteration(hat, x, y, replace(config, cuda_graph=cuda_graph))
         order = itertools.cycle(range(config.iterations))
         return lambda: iterate(next(order))
 
@@ -169,13 +67,12 @@ def time_block(block: nn.Module, x: Tensor, config: ReconstructionConfig, rounds
         return (time.perf_counter() - began) / count
 
     with torch.enable_grad(), torch.cuda.device(device) if cuda else nullcontext():
-        steps = {"floor": floor, "iteration": iteration()}
+        steps = {"floor": lambda: floor(batch), "iteration": iteration(False)}
         if cuda:
-            try:
-                steps |= {"floor captured": captured(floor),
-                          "iteration captured": iteration(captured)}
-            except RuntimeError as error:
-                warnings.warn(f"not recorded as a CUDA graph: {error}", stacklevel=2)
+            replay = recorded(floor, batch)
+            if replay is not floor:
+                steps |= {"floor captured": lambda: replay(batch),
+                          "iteration captured": iteration(True)}
         for step in steps.values():                                  # the warm-up
             seconds(step, 3)
         taken = [{name: seconds(step, 50 if cuda else 1) for name, step in steps.items()}
