@@ -394,6 +394,7 @@ def search_outputs(layer: nn.Module, inputs: list[Tensor], bits: int, symmetric:
     W = layer.weight.detach()
     check_weight(W)
     rows = W.flatten(1) if per_channel else W.reshape(1, -1)
+    R = triangle(layer, inputs)
     targets = [layer(x) for x in inputs]
     channel = 1 if W.dim() == 4 else -1
 
@@ -401,14 +402,32 @@ def search_outputs(layer: nn.Module, inputs: list[Tensor], bits: int, symmetric:
         log_s1, z = shaped((log_s1, z), W, per_channel)
         s1 = log_s1.exp()
         W_hat = s1 * (W / s1).round().clamp(lo - z, hi - z)
-        total = 0
-        for x, y in zip(inputs, targets, strict=True):
-            y_hat = torch.func.functional_call(layer, {"weight": W_hat}, (x,))
-            off = (y_hat - y).movedim(channel, 0).flatten(1)         # (C_out, all else)
-            total = total + off.square().sum(1, keepdim=True)        # W[c] makes output channel c
+        if R is not None:
+            total = ((W_hat - W) @ R.T).square().sum(1, keepdim=True)
+        else:
+            total = 0
+            for x, y in zip(inputs, targets, strict=True):
+                y_hat = torch.func.functional_call(layer, {"weight": W_hat}, (x,))
+                off = (y_hat - y).movedim(channel, 0).flatten(1)     # (C_out, all else)
+                total = total + off.square().sum(1, keepdim=True)    # W[c] makes output channel c
         return total if per_channel else total.sum(0, keepdim=True)
 
     return shaped(best_grid(rows, lo, hi, symmetric, error), W, per_channel)
+
+
+def triangle(layer: nn.Module, inputs: list[Tensor]) -> Tensor | None:
+    """R (C_in, C_in) with R^T R = X^T X, for a plain linear layer with more input rows X than C_in.
+
+    The squared error of such a layer's output is || X dW^T ||^2. It depends on X through X^T X
+    alone, so R gives the same error as X. X has a row for each token, often ten times as many as
+    C_in, and we try about a hundred grids. None: another layer, hooks that are not ours, few rows.
+    """
+    hooks = [*layer._forward_hooks.values(), *layer._forward_pre_hooks.values()]
+    plain = type(layer).forward is nn.Linear.forward
+    if not plain or any(hook is not quantize_input for hook in hooks):
+        return None
+    X = torch.cat([x.flatten(0, -2) for x in inputs])                # behind the layer's LSQ
+    return torch.linalg.qr(X, mode="r").R if len(X) > X.shape[1] else None
 
 
 def best_grid(rows: Tensor, lo: int, hi: int, symmetric: bool, error) -> tuple[Tensor, Tensor]:

@@ -239,11 +239,26 @@ def learned_parameters(block: nn.Module, config: ReconstructionConfig) -> tuple[
 
 
 @contextmanager
+def seeded(device: torch.device, seed: int):
+    """Within, what torch draws on the CPU and on device begins at seed. Afterwards random numbers
+    go on as if nothing had happened, so that we do not disturb those of your program."""
+    # CPU and CUDA have generators of their own. fork_rng puts the states back at the end.
+    devices, generators = [], [torch.default_generator]
+    if device.type == "cuda":
+        devices = [device]
+        generators.append(torch.cuda.default_generators[device.index])
+    with torch.random.fork_rng(devices):
+        for generator in generators:
+            generator.manual_seed(seed)
+        yield
+
+
+@contextmanager
 def learning(block: nn.Module, learned: list[nn.Parameter], seed: int):
     """Within, only `learned` requires a gradient, and the generator that drops values is seeded.
 
-    Afterwards random numbers go on as if nothing had happened, your parameters require a gradient
-    again where they did, the quantizers are frozen, and the block is in eval mode.
+    Afterwards your parameters require a gradient again where they did, the quantizers are frozen,
+    and the block is in eval mode.
     """
     # Quantizers are ours, and we freeze them at the end. All other parameters are yours: we note
     # which of them required a gradient, and give that back.
@@ -252,19 +267,11 @@ def learning(block: nn.Module, learned: list[nn.Parameter], seed: int):
         own.update(q.parameters())
     before = [(p, p.requires_grad) for p in block.parameters() if p not in own]
 
-    # CPU and CUDA have generators of their own. fork_rng puts the state back at the end, so that we
-    # do not disturb the random numbers of your program.
-    device = device_of([block])
-    devices, generator = [], torch.default_generator
-    if device.type == "cuda":
-        devices, generator = [device], torch.cuda.default_generators[device.index]
-
     block.requires_grad_(False)
     for p in learned:
         p.requires_grad_(True)
     try:
-        with torch.enable_grad(), torch.random.fork_rng(devices):
-            generator.manual_seed(seed)
+        with torch.enable_grad(), seeded(device_of([block]), seed):
             yield
     finally:
         for p, required in before:
@@ -835,7 +842,8 @@ def one_pass(blocks, floats, calibration: Tensor, config: ReconstructionConfig,
             # Learn on x_q: what this block will get in use, the errors of earlier blocks included.
             if bits[i] or abits[i]:
                 with undone_on_failure(block, weights=bool(bits[i])):
-                    place_quantizers(block, x_q, x_fp, config, bits[i], abits[i])
+                    with seeded(device_of([block]), 1000 * config.seed + i):    # rules may draw
+                        place_quantizers(block, x_q, x_fp, config, bits[i], abits[i])
                     report = reconstruct_block(block, x_q, y_fp, config, x_fp, i, clock.iteration)
                 for q in input_quantizers(block).values():
                     q.drop = 0.0                     # not even if you call net.train() later
@@ -953,7 +961,6 @@ def one_run(job) -> float:
     task = models.load_task(name, **options)
     if config is not None:
         config = replace(config, batch_size=task.batch_size)
-        torch.manual_seed(config.seed)                               # your rule may draw its start
         quantize_model(task.net.blocks, task.calibration, config, show=False)
     with parametrize.cached():                                       # quantize each weight once
         return task.score(task.net.to(device))

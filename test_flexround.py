@@ -216,6 +216,34 @@ def test_a_start_on_outputs_is_close_to_the_best(kind, symmetric, per_channel):
         assert error(*found).sum() < 0.9 * error(q.s1, q.zero_point).sum()
 
 
+def test_a_linear_layer_is_searched_by_a_triangle_with_the_same_errors(monkeypatch):
+    """The search of many tokens must find what it finds with all of them, behind a quantized input
+    as well. A layer that computes something else has no triangle."""
+    class Squares(nn.Linear):
+        def forward(self, x):
+            return super().forward(x).square()
+    torch.manual_seed(0)
+    layer, dW = nn.Linear(6, 5).double(), torch.randn(5, 6).double()
+    xs = [correlated(20, 9, 6).double() + 1, correlated(40, 6).double()]
+    R = flexround.triangle(layer, xs)
+    assert R.shape == (6, 6) and flexround.triangle(layer, [xs[1][:4]]) is None
+    torch.testing.assert_close((R @ dW.T).square().sum(0),
+                               sum((x @ dW.T).flatten(0, -2).square().sum(0) for x in xs))
+    for quantized in (False, True):
+        if quantized:
+            flexround.quantize_inputs(layer, xs[0], {"": 2})
+        calls = flexround.layer_inputs(layer, {"": layer}, xs[0])[""]
+        assert flexround.triangle(layer, calls) is not None
+        found = [flexround.search_outputs(layer, calls, bits, False, True) for bits in (2, 3)]
+        with monkeypatch.context() as patch:
+            patch.setattr(flexround, "triangle", lambda *args: None)
+            slow = [flexround.search_outputs(layer, calls, bits, False, True) for bits in (2, 3)]
+        torch.testing.assert_close(found, slow)
+    layer.register_forward_hook(lambda layer, args, y: 2 * y)
+    for other in (layer, Squares(6, 5), nn.Conv2d(6, 5, 1)):
+        assert flexround.triangle(other, xs) is None
+
+
 @over_kinds
 @over_grids
 @over_channels
@@ -1157,11 +1185,18 @@ def test_after_a_failure_the_block_is_float_and_earlier_ones_quantized():
 @pytest.mark.parametrize("settings, stop, rest", [
     ({}, 3, [2, 3]), ({"method": "adaround", "start": "outputs", "input_drop": 0.5}, 2, [1, 2, 3]),
     ({"abits": 4, "step_lr": 0.02}, 3, [2, 3, 0, 1, 2, 3]), ({"abits": 4, "step_lr": 0.02}, 7,
-    [2, 3]), ({"abits": 4, "setting": "Q", "start": "outputs"}, 3, [2, 3])], ids=str)
+    [2, 3]), ({"abits": 4, "setting": "Q", "start": "outputs"}, 3, [2, 3]),
+    ({"method": "drawn"}, 3, [2, 3])], ids=str)
 def test_an_interrupted_call_goes_on_with_the_same_digits(settings, stop, rest, monkeypatch):
-    """Hours of work must survive Control-C. B is stopped in its first and in its second pass. And
-    the time left has to count the blocks that are learned, no more and no less."""
+    """Hours of work must survive Control-C. B is stopped in its first and in its second pass. A
+    rule that draws its start draws it by the seed and the block. And the time left has to count
+    the blocks that are learned, no more and no less."""
     learn, calls, clocks = reconstruct.reconstruct_block, [], []
+
+    class Drawn(flexround.FlexRound):
+        def __init__(self, W, *args, **settings):
+            super().__init__(W, *args, **settings)
+            self.log_S2.data += 0.1 * torch.randn_like(W)
 
     class Kept(reconstruct.Clock):
         def __init__(self, *args):
@@ -1176,6 +1211,7 @@ def test_an_interrupted_call_goes_on_with_the_same_digits(settings, stop, rest, 
         return learn(*args[:6], interrupt if len(calls) == stop else args[6])
 
     net, x, _ = tiny("resnet conv")
+    monkeypatch.setitem(flexround.METHODS, "drawn", Drawn)
     config, whole = replace(QUICK, **settings), copy.deepcopy(net)
     monkeypatch.setattr(reconstruct, "Clock", Kept)
     quantize_model(whole.blocks, x, config)
@@ -2279,11 +2315,11 @@ def rows_of(output):
     return {(row[0], row[1]): dict(zip(head[2:], row[2:], strict=True)) for row in rows}
 
 
-def test_the_main_job_in_small():
-    """The command of the README prints one table, with the scores that we find in this process."""
-    done = python("reconstruct.py", "--model", "resnet", "--method", "rtn", "flexround", "--bits",
-                  "3", "--iterations", "4", "--device", "cpu")
-    assert done.returncode == 0, done.stderr
+def test_the_main_job_in_small(capsys):
+    """The main job prints one table, with the scores that we find outside its processes."""
+    reconstruct.main(["--model", "resnet", "--method", "rtn", "flexround", "--bits", "3",
+                      "--iterations", "4", "--device", "cpu"])
+    printed = capsys.readouterr().out
     scores = {"full precision": None, "RoundToNearest": "rtn", "FlexRound": "flexround"}
     for column, method in scores.items():
         task = models.load_task("resnet", dtype=torch.float64)
@@ -2292,8 +2328,8 @@ def test_the_main_job_in_small():
                                           batch_size=task.batch_size)
             quantize_model(task.net.blocks, task.calibration, config)
         scores[column] = f"{task.score(task.net):.2f}"
-    assert rows_of(done.stdout) == {("resnet", "W3"): scores}
-    assert "resnet: 19,642 weights; scikit-learn's digits; accuracy on 597" in done.stdout
+    assert rows_of(printed) == {("resnet", "W3"): scores}
+    assert "resnet: 19,642 weights; scikit-learn's digits; accuracy on 597" in printed
 
 
 def test_a_wrong_command_line_gives_one_line(monkeypatch, capsys):
@@ -2349,12 +2385,18 @@ def test_in_float64_each_instruction_set_finds_the_same_codes(network, method):
 
 
 @pytest.mark.parametrize("code, said", EXAMPLES)
-def test_the_readmes_code_prints_what_it_says(code, said, tmp_path):
+def test_the_readmes_code_prints_what_it_says(code, said, tmp_path, monkeypatch, capsys):
     """A reader copies these blocks first, so they have to run and print what stands there."""
     (tmp_path / "own.py").write_text(code)
-    done = python("own.py", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    printed = "".join(done.stdout.splitlines(keepends=True)[-said.count("\n"):])
+    if "reconstruct.main" in code:                                   # its processes import own.py
+        done = python("own.py", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        printed = done.stdout
+    else:
+        monkeypatch.chdir(tmp_path)
+        runpy.run_path("own.py", run_name="__main__")
+        printed = capsys.readouterr().out
+    printed = "".join(printed.splitlines(keepends=True)[-said.count("\n"):])
     number = r"\d+\.\d+"                                             # other machines, other digits
     assert re.sub(number, "#", printed) == re.sub(number, "#", said)
     printed, said = (list(map(float, re.findall(number, output))) for output in (printed, said))

@@ -253,7 +253,6 @@ def one_run(job) -> tuple[int, dict | None]:
     task = load(run, **options, samples=2 * count if run.split == "test" else None)
     calibration, unseen = task.calibration[:count], task.calibration[count:]
     before, unequal = copy.deepcopy(task.net), tools.inequality(task.net)
-    torch.manual_seed(run.config.seed)                               # LRQ draws its start
     began = time.perf_counter()
     try:
         with tools.plain_sgd() if run.sgd else nullcontext():

@@ -19,7 +19,6 @@ from torch.nn.utils.parametrizations import weight_norm
 
 import flexround
 import models
-import reconstruct
 from experiments import gpu, instructions, knobs, pretrained, studies, timing, tools, train
 from experiments.integers import (
     integer_forward,
@@ -1140,23 +1139,6 @@ def test_lrq_is_the_readmes_example():
     _, _, ours = (HERE / "lrq.py").read_text().split('"""', 2)
     assert [line for line in ours.splitlines() if line] == [
         line for line in code.split("```")[0].splitlines() if line]
-
-
-def test_a_rule_that_draws_its_start_draws_it_by_the_seed(monkeypatch):
-    """Else the README's LRQ would have another score each time."""
-    class Drawn(FlexRound):
-        def __init__(self, W, *args, **settings):
-            super().__init__(W, *args, **settings)
-            self.log_S2.data += torch.randn_like(W)
-
-    monkeypatch.setitem(flexround.METHODS, "drawn", Drawn)
-    config = ReconstructionConfig("drawn", 3, iterations=1)
-    run = studies.Run("resnet", config, samples=32)
-    options = {"samples": 32, "networks": models.NETWORKS}
-    finals, scores = ([make() for _ in range(2)] for make in (
-        lambda: studies.one_run((0, run, {"samples": 32}, {}))[1]["finals"],
-        lambda: reconstruct.one_run((config, "resnet", options, "cpu"))))
-    assert finals[0] == finals[1] and scores[0] == scores[1]
 
 
 def test_what_is_watched_is_what_was_learned():
