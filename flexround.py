@@ -395,7 +395,7 @@ def search_outputs(layer: nn.Module, inputs: list[Tensor], bits: int, symmetric:
     check_weight(W)
     rows = W.flatten(1) if per_channel else W.reshape(1, -1)
     R = triangle(layer, inputs)
-    targets = [layer(x) for x in inputs]
+    targets = [layer(x) for x in inputs] if R is None else []
     channel = 1 if W.dim() == 4 else -1
 
     def error(log_s1, z):
@@ -416,18 +416,22 @@ def search_outputs(layer: nn.Module, inputs: list[Tensor], bits: int, symmetric:
 
 
 def triangle(layer: nn.Module, inputs: list[Tensor]) -> Tensor | None:
-    """R (C_in, C_in) with R^T R = X^T X, for a plain linear layer with more input rows X than C_in.
+    """R (C_in, C_in) that can stand for all input rows X of a plain linear layer.
 
-    The squared error of such a layer's output is || X dW^T ||^2. It depends on X through X^T X
-    alone, so R gives the same error as X. X has a row for each token, often ten times as many as
-    C_in, and we try about a hundred grids. None: another layer, hooks that are not ours, few rows.
+    With dW = W_hat - W the squared error of the output is || X dW^T ||^2 = || R dW^T ||^2, where R
+    comes from X = QR. X has a row for each token, often ten times as many as C_in, and we try 46
+    grids, or 138 asymmetric ones. None, because R would be wrong or save nothing: another forward,
+    hooks that are not ours, few rows, very few outputs.
     """
-    hooks = [*layer._forward_hooks.values(), *layer._forward_pre_hooks.values()]
-    plain = type(layer).forward is nn.Linear.forward
-    if not plain or any(hook is not quantize_input for hook in hooks):
+    if getattr(layer.forward, "__func__", None) is not nn.Linear.forward:
         return None
-    X = torch.cat([x.flatten(0, -2) for x in inputs])                # behind the layer's LSQ
-    return torch.linalg.qr(X, mode="r").R if len(X) > X.shape[1] else None
+    hooks = [*layer._forward_hooks.values(), *layer._forward_pre_hooks.values()]
+    C_out, C_in = layer.weight.shape
+    rows = sum(x.numel() for x in inputs) // C_in
+    if any(hook is not quantize_input for hook in hooks) or rows <= C_in or 46 * C_out < C_in:
+        return None
+    X = torch.cat([x.flatten(0, -2) for x in inputs])                # rounded, if it has an LSQ
+    return torch.linalg.qr(X.to(layer.weight.dtype), mode="r").R
 
 
 def best_grid(rows: Tensor, lo: int, hi: int, symmetric: bool, error) -> tuple[Tensor, Tensor]:

@@ -78,7 +78,7 @@ class ReconstructionConfig:
     lr: float | None = None          # first rate. None: the method's default_lr
     s1_lr: float | None = None       # first rate of log s1. None: the method's default, or as lr
     reg_weight: float | None = None  # AdaRound only. None: its default_reg_weight
-    seed: int = 0                    # decides the batches, and which values are dropped
+    seed: int = 0                    # decides batches, what is dropped, what a rule draws
     input_drop: float = 0.0          # share of X in a block's input, the rest is X_tilde (B only)
     channel_dim: int | None = None   # the channels of a block's output. None: see block_loss
     abits: int | None = None         # bits of each quantized layer's input. None: it stays float
@@ -87,7 +87,7 @@ class ReconstructionConfig:
     end_bits: int | None = 8         # bits of the first and the last layer. None: as the others
     device: str | None = None        # blocks compute there in turn. None: where the first one is
     cache_device: str | None = None  # holds the activations. None: the device that computes
-    cuda_graph: bool = False         # on CUDA, record an iteration and replay it: see recorded
+    cuda_graph: bool = False         # on CUDA, record the gradients once: see recorded
 
     def __post_init__(self):
         def need(name, fits, allowed):
@@ -240,8 +240,8 @@ def learned_parameters(block: nn.Module, config: ReconstructionConfig) -> tuple[
 
 @contextmanager
 def seeded(device: torch.device, seed: int):
-    """Within, what torch draws on the CPU and on device begins at seed. Afterwards random numbers
-    go on as if nothing had happened, so that we do not disturb those of your program."""
+    """Within, what torch draws on the CPU, and on device if it is CUDA, begins at seed. Afterwards
+    your program's random numbers go on as if we had drawn none."""
     # CPU and CUDA have generators of their own. fork_rng puts the states back at the end.
     devices, generators = [], [torch.default_generator]
     if device.type == "cuda":
@@ -338,10 +338,11 @@ def make_iteration(block: nn.Module, x_q: Tensor, y_fp: Tensor, config: Reconstr
         return tensor.detach().index_select(0, batches[i].to(tensor.device)).to(device)
 
     def gradients(x, y, reg_weight, beta):
-        """The loss of a batch. Its gradients go into the factors' .grad."""
+        """The loss of a batch. Its gradients go into .grad of all that is learned."""
         # The loss is the objective of section 3.1. To evaluate, reconstruct_block puts the block
         # into eval mode, and its own dropout and batch norm stay so. But here AdaRound has to be
-        # soft and LSQ has to drop, which they do in train mode. The other rules have no modes.
+        # soft and LSQ has to drop, which they do in train mode. The other rules have no modes. (A
+        # replay runs no Python. It was recorded in train mode, so it is soft and drops.)
         for q in regularised + dropping:
             q.train()
         # Each layer computes W_hat from W and its factors, so that gradients reach the factors.
@@ -383,7 +384,7 @@ def make_iteration(block: nn.Module, x_q: Tensor, y_fp: Tensor, config: Reconstr
         share, beta = flexround.AdaRound.schedule(i / total)
         loss = gradients(x, y, share * reg_weight, beta)
 
-        # 5. The step of all factors.
+        # 5. Adam's step.
         optimizer.step()
         return loss
 
@@ -396,40 +397,50 @@ def recorded(step, *first):
     A small block computes faster than Python can launch its kernels. A CUDA graph replays all
     launches of a recorded call as one (experiments/RESULTS.md has the times). A replay runs no
     Python, and it reads and writes the memory of the recording. So new values are copied into the
-    recorded ones, and what step decides, counts or draws in Python stays as it was recorded. That
-    is why config.cuda_graph is off by default.
+    recorded ones, and what step decides or counts in Python stays as it was recorded. What torch
+    draws on the GPU is new each time. The memory that the recording took stays taken until it is
+    dropped. That is why config.cuda_graph is off by default.
 
     Args:
-        step: takes what `first` has, changes no parameter and returns a tensor.
-        first: values to record with. A value is a tensor on the current device, or a number.
+        step: runs four times here, so it may change nothing but gradients. It gets tensors only.
+        first: values to record with, the first one a tensor. A number becomes a tensor ().
 
-    Returns step itself, with a warning, if step waits for the device (as .item() does), because
-    then it cannot be recorded.
+    Returns what takes new values in the order of first. It returns the same tensor each time, with
+    new content. Where step waits for the device, as .item() does, it cannot be recorded. Then we
+    warn and return step itself.
+
+    RuntimeError: something else cannot be recorded, and the attempt has spoiled the device's state.
     """
     device = first[0].device
-    values = [v.clone() if isinstance(v, Tensor) else torch.tensor(v, device=device) for v in first]
-    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)
-    current, mode = torch.cuda.current_stream(device), torch.cuda.get_sync_debug_mode()
-    try:
-        # Torch asks for three calls on another stream before it records. In the last one, waiting
-        # is an error. Found out while recording, it would spoil all that follows on the device.
+    values = [value.clone() if isinstance(value, Tensor) else
+              torch.tensor(value, dtype=torch.float64, device=device) for value in first]
+    mode, graph = torch.cuda.get_sync_debug_mode(), torch.cuda.CUDAGraph()
+    with torch.cuda.device(device), torch.random.fork_rng([device]):
+        # Torch needs some calls on another stream first. In the last of them waiting is an error.
+        # If we found that out only while recording, all that follows on the device would fail.
+        stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
         stream.wait_stream(current)
-        with torch.random.fork_rng([device]), torch.cuda.stream(stream), warnings.catch_warnings():
-            warnings.simplefilter("ignore")                          # the mode is a prototype
-            step(*values)
-            step(*values)
-            torch.cuda.set_sync_debug_mode("error")
-            step(*values)
+        try:
+            with torch.cuda.stream(stream), warnings.catch_warnings():
+                warnings.simplefilter("ignore")                      # that the mode is a prototype
+                step(*values)
+                step(*values)
+                torch.cuda.set_sync_debug_mode("error")
+                step(*values)
+        except RuntimeError as problem:
+            warnings.warn("not recorded as a CUDA graph, so this block learns more slowly: "
+                          f"{problem}", stacklevel=3)
+            return step
+        finally:
             torch.cuda.set_sync_debug_mode(mode)
+            current.wait_stream(stream)
+        try:
             with torch.cuda.graph(graph, stream=stream):
                 result = step(*values)
-    except RuntimeError as problem:
-        warnings.warn(f"not recorded as a CUDA graph, which is slower: {problem}", stacklevel=2)
-        return step
-    finally:
-        torch.cuda.set_sync_debug_mode(mode)
-        torch.cuda.set_stream(current)                               # a failed recording keeps its
-        current.wait_stream(stream)
+        except RuntimeError as problem:
+            torch.cuda.set_stream(current)                           # a failed recording leaves its
+            raise RuntimeError("this block cannot be recorded as a CUDA graph: start Python again, "
+                               f"with cuda_graph = False ({problem})") from problem
 
     def replay(*new):
         for value, other in zip(values, new, strict=True):

@@ -229,6 +229,8 @@ def test_a_linear_layer_is_searched_by_a_triangle_with_the_same_errors(monkeypat
     assert R.shape == (6, 6) and flexround.triangle(layer, [xs[1][:4]]) is None
     torch.testing.assert_close((R @ dW.T).square().sum(0),
                                sum((x @ dW.T).flatten(0, -2).square().sum(0) for x in xs))
+    autocast = [x.bfloat16() for x in xs]                            # as within autocast
+    torch.testing.assert_close(flexround.triangle(layer, autocast).abs(), R.abs(), rtol=0.1, atol=1)
     for quantized in (False, True):
         if quantized:
             flexround.quantize_inputs(layer, xs[0], {"": 2})
@@ -240,7 +242,10 @@ def test_a_linear_layer_is_searched_by_a_triangle_with_the_same_errors(monkeypat
             slow = [flexround.search_outputs(layer, calls, bits, False, True) for bits in (2, 3)]
         torch.testing.assert_close(found, slow)
     layer.register_forward_hook(lambda layer, args, y: 2 * y)
-    for other in (layer, Squares(6, 5), nn.Conv2d(6, 5, 1)):
+    patched, narrow = nn.Linear(6, 5), nn.Linear(60, 1)
+    patched.forward = lambda x: x                                    # as accelerate does
+    assert flexround.triangle(narrow, [torch.ones(99, 60)]) is None
+    for other in (layer, patched, Squares(6, 5), nn.Conv2d(6, 5, 1)):
         assert flexround.triangle(other, xs) is None
 
 
@@ -1227,6 +1232,29 @@ def test_an_interrupted_call_goes_on_with_the_same_digits(settings, stop, rest, 
         assert clock.done == clock.total > 0
 
 
+def test_a_rule_draws_anew_in_each_block_and_by_the_seed(monkeypatch):
+    """Else a whole network would start in the same corner, or nobody could make a run again."""
+    class Drawn(flexround.FlexRound):
+        def __init__(self, W, *args, **settings):
+            super().__init__(W, *args, **settings)
+            self.log_S2.data += torch.randn_like(W)
+
+    monkeypatch.setitem(flexround.METHODS, "drawn", Drawn)
+    drawn, before = {}, torch.get_rng_state()
+    for run, seed in ((0, 0), (1, 0), (2, 1)):
+        blocks = [nn.Linear(4, 4), nn.Linear(4, 4)]
+        config = replace(QUICK, method="drawn", iterations=1, lr=1e-9, seed=seed, end_bits=None)
+        before = torch.get_rng_state()
+        quantize_model(blocks, torch.ones(9, 4), config)
+        assert torch.equal(torch.get_rng_state(), before)            # yours goes on undisturbed
+        for i, block in enumerate(blocks):
+            drawn[run, i] = block.parametrizations.weight[0].log_S2.detach()
+    torch.testing.assert_close(drawn[0, 0], drawn[1, 0], rtol=0, atol=1e-6)
+    torch.testing.assert_close(drawn[0, 1], drawn[1, 1], rtol=0, atol=1e-6)
+    for other in ((0, 1), (2, 0), (2, 1)):
+        assert (drawn[0, 0] - drawn[other]).abs().max() > 0.1
+
+
 @pytest.mark.parametrize("settings", [
     {"bits": 4}, {"method": "adaround"}, {"symmetric": False}, {"per_channel": True},
     {"end_bits": None}, {"abits": 4, "setting": "Q"}], ids=str)
@@ -1306,8 +1334,8 @@ def test_the_same_code_on_cuda():
             assert [b.start_loss, c.start_loss] == pytest.approx([a.start_loss] * 2, rel=0.2)
 
 
-# AdaRound and FlexRound in all that a recording must not freeze: the rate, the batch, the
-# regulariser, what is dropped. The last is a step behind inputs that are cached on the CPU.
+# What a recording must not freeze: the batch, the regulariser, what is dropped. The last is
+# AdaQuant and then the steps, behind inputs that are cached on the CPU.
 RECORDED = {
     "AdaRound": ("resnet conv", dict(method="adaround")),
     "drop": ("resnet conv", dict(method="flexround", input_drop=0.5)),
@@ -1318,8 +1346,8 @@ RECORDED = {
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("name, settings", RECORDED.values(), ids=RECORDED)
 def test_a_recorded_cuda_iteration_learns_what_the_eager_one_learns(name, settings):
-    """A graph that replayed an old batch, beta or random number would learn something else. A rate
-    this small flips no rounding, so that the last bits stay the last bits."""
+    """A graph that replayed an old batch, beta or random number would see another loss. A rate this
+    small flips no rounding, so that the last bits stay the last bits."""
     net, x, _ = tiny(name)
     config = replace(QUICK, iterations=40, device="cuda", lr=1e-6, s1_lr=1e-6, **settings)
     eager, replayed = (quantize_model(copy.deepcopy(net).blocks, x, replace(config, cuda_graph=on))
@@ -1327,6 +1355,28 @@ def test_a_recorded_cuda_iteration_learns_what_the_eager_one_learns(name, settin
     for a, b in zip(eager, replayed, strict=True):
         assert b.history == pytest.approx(a.history, rel=1e-3)
         assert b.final_loss == pytest.approx(a.final_loss, rel=1e-3)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("method", ["adaround", "adaquant", "flexround"])
+def test_a_replay_on_cuda_leaves_the_eager_gradients(method):
+    """Adam is not in the graph. If it read other gradients than a replay writes, or old ones, the
+    loss would hardly show it at a small rate."""
+    gradients = []
+    for cuda_graph in (False, True):
+        torch.manual_seed(0)
+        layer, x = nn.Linear(6, 5).cuda().requires_grad_(False), correlated(64, 6).cuda()
+        y = layer(x).detach()
+        config = replace(QUICK, method=method, lr=1e-6, s1_lr=1e-6, cuda_graph=cuda_graph)
+        quantize_layers(layer, config)
+        iterate = reconstruct.make_iteration(layer, x, y, config)
+        found = []
+        for i in range(4):
+            iterate(i)
+            found += [p.grad.clone() for p in layer.parameters() if p.grad is not None]
+        gradients.append(found)
+    assert not torch.equal(gradients[0][0], gradients[0][len(gradients[0]) // 4])    # new batch
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

@@ -142,17 +142,18 @@ def times(held: list[dict]) -> str:
     found = {}
     for row in held:
         if row["part"] == "iterations" and row["result"].count(", ") >= 4:
-            name, floor, iteration, *_ = row["result"].rsplit(", ", 4)
+            name, floor, iteration, ratio, _ = row["result"].rsplit(", ", 4)
             block = name.removesuffix(" captured")
             own = found.setdefault((row["what"], block), {})
-            own[name != block] = [float(value.replace(",", "")) for value in (floor, iteration)]
+            own[name != block] = floor, iteration, ratio
     lines = ["| precision | block | floor | iteration | recorded floor | recorded iteration | "
              "recorded by its floor | eager by recorded |", "|---" * 8 + "|"]
     for (precision, block), own in found.items():
         if len(own) == 2:
-            (floor, eager), (bare, recorded) = own[False], own[True]
-            lines.append(f"| {precision} | {block} | {floor:,.0f} | {eager:,.0f} | {bare:,.0f} | "
-                         f"{recorded:,.0f} | {recorded / bare:.2f} | {eager / recorded:.1f} |")
+            (floor, eager, _), (bare, recorded, ratio) = own[False], own[True]
+            gain = float(eager.replace(",", "")) / float(recorded.replace(",", ""))
+            lines.append(f"| {precision} | {block} | {floor} | {eager} | {bare} | {recorded} | "
+                         f"{ratio} | {gain:.1f} |")
     return "\n".join(lines)
 
 

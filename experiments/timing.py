@@ -34,9 +34,9 @@ def time_block(block: nn.Module, x: Tensor, config: ReconstructionConfig, rounds
         x: (N, ...) inputs of the block, on its device. N is at least config.batch_size.
 
     Returns:
-        "floor", "iteration", on CUDA also "floor captured" and "iteration captured" (absent, with a
-        warning, where reconstruct.recorded cannot record), and "evaluations": what the five
-        evaluations of a block cost, each of 32 batches.
+        "floor", "iteration", on CUDA also "floor captured" and "iteration captured", which copy
+        their batch first (absent, with a warning, where reconstruct.recorded cannot record), and
+        "evaluations": what the five evaluations of a block cost, each of 32 batches.
     """
     device = device_of([block])
     cuda = device.type == "cuda"
@@ -54,7 +54,7 @@ def time_block(block: nn.Module, x: Tensor, config: ReconstructionConfig, rounds
         plain(batch).backward(G)
 
     def iteration(cuda_graph):
-        iterate = make_iteration(hat, x, y, replace(config, cuda_graph=cuda_graph))
+        iterate = make_iteration(copy.deepcopy(hat), x, y, replace(config, cuda_graph=cuda_graph))
         order = itertools.cycle(range(config.iterations))
         return lambda: iterate(next(order))
 
