@@ -109,7 +109,7 @@ def test_a_run_is_known_by_its_settings():
         assert not studies.same_run({**record, **change}, run, facts)
     for change in ({"bits": 2}, {"lr": 4e-3}, {"optimizer": "sgd"}, {"start": "outputs"}):
         assert not studies.same_run({**record, "config": {**run.settings, **change}}, run, facts)
-    elsewhere = {**record, "config": {**run.settings, "device": "cuda"}}
+    elsewhere = {**record, "config": {**run.settings, "device": "cuda", "cuda_graph": True}}
     assert studies.same_run(elsewhere, run, facts)
 
 
