@@ -1217,7 +1217,7 @@ def test_an_interrupted_call_goes_on_with_the_same_digits(settings, stop, rest, 
 
     net, x, _ = tiny("resnet conv")
     monkeypatch.setitem(flexround.METHODS, "drawn", Drawn)
-    config, whole = replace(QUICK, **settings), copy.deepcopy(net)
+    config, whole = replace(QUICK, iterations=8, **settings), copy.deepcopy(net)
     monkeypatch.setattr(reconstruct, "Clock", Kept)
     quantize_model(whole.blocks, x, config)
     monkeypatch.setattr(reconstruct, "reconstruct_block", learn_until)
@@ -2066,7 +2066,8 @@ def test_what_each_setting_learns(method):
     """B first learns the weights as if there were no activations, and Q learns both at once."""
     def learned(**settings):
         net, x, _ = tiny("resnet conv")
-        reports = quantize_model(net.blocks, x, replace(QUICK, method=method, **settings))
+        reports = quantize_model(net.blocks, x, replace(QUICK, method=method, iterations=8,
+                                                        **settings))
         weights = {n: q.state_dict() for n, q in quantizers(net).items()}
         return weights, net(x), any(r.final_loss < r.start_loss for r in reports if r.abits)
 
