@@ -276,7 +276,7 @@ class AdaRound(RoundToNearest):
         BRECQ's schedule, as in the paper."""
         return (0.0, 20.0) if t < 0.2 else (1.0, 20 - 18 * (t - 0.2) / 0.8)
 
-    def regulariser(self, beta: float) -> Tensor:
+    def regulariser(self, beta: float | Tensor) -> Tensor:
         """sum of 1 - |2 h(V) - 1|^beta, a scalar. It is 0 once every h is 0 or 1. A large beta
         lets all h alone that are not close to 0 or 1 already, a small one moves all of them."""
         return (1 - (2 * self.h() - 1).abs().pow(beta)).sum()

@@ -397,19 +397,21 @@ def recorded(step, *first):
     A small block computes faster than Python can launch its kernels. A CUDA graph replays all
     launches of a recorded call as one (experiments/RESULTS.md has the times). A replay runs no
     Python, and it reads and writes the memory of the recording. So new values are copied into the
-    recorded ones, and what step decides or counts in Python stays as it was recorded. What torch
-    draws on the GPU is new each time. The memory that the recording took stays taken until it is
-    dropped. That is why config.cuda_graph is off by default.
+    recorded ones, and what step decides or counts in Python stays as it was recorded. That is why
+    config.cuda_graph is off by default. What torch draws on the GPU is new each time. The
+    recording holds the memory of an iteration until the block is done.
 
     Args:
         step: runs four times here, so it may change nothing but gradients. It gets tensors only.
         first: values to record with, the first one a tensor. A number becomes a tensor ().
 
-    Returns what takes new values in the order of first. It returns the same tensor each time, with
-    new content. Where step waits for the device, as .item() does, it cannot be recorded. Then we
-    warn and return step itself.
+    Returns:
+        A function that takes new values in the order of first. Each call fills the same tensor
+        with its result and returns it. Or step itself, with a warning, if step waits for the
+        device, as .item() does.
 
-    RuntimeError: something else cannot be recorded, and the attempt has spoiled the device's state.
+    Raises:
+        RuntimeError: something else cannot be recorded. The attempt has spoiled the device's state.
     """
     device = first[0].device
     values = [value.clone() if isinstance(value, Tensor) else
@@ -438,7 +440,7 @@ def recorded(step, *first):
             with torch.cuda.graph(graph, stream=stream):
                 result = step(*values)
         except RuntimeError as problem:
-            torch.cuda.set_stream(current)                           # a failed recording leaves its
+            torch.cuda.set_stream(current)                           # a failed one leaves its own
             raise RuntimeError("this block cannot be recorded as a CUDA graph: start Python again, "
                                f"with cuda_graph = False ({problem})") from problem
 
