@@ -439,8 +439,8 @@ def few_inputs(records: list[dict]) -> str:
 def ranking(records: list[dict]) -> str:
     """Whether the loss tells which of two methods has the better score: a Markdown table. We take
     two learned methods of the same network, bits, inputs and seed whose scores differ, and count
-    how often the one with the smaller loss is the better one. LRQ, whose median is always the last, would
-    make that easy."""
+    how often the one with the smaller loss is the better one. LRQ, whose median is always the last,
+    would make that easy."""
     agrees = {"calibration": [], "unseen": []}
     for runs in by_place(records).values():
         seeds = zip(*(runs[m] for m in runs if m not in ("rtn", "lrq")), strict=True)
