@@ -180,6 +180,9 @@ STUDIES = {
     # AdaRound's start was searched at W3, where p = 1 clips. At more bits that is wrong.
     grid("minilm", {"adaround": [MINILM["adaround"][0] | PAPER]}, [4, 8], (0,),
          symmetric=False, abits=8, setting="Q", **SENTENCES),
+    # The paper's rate of steps in setting Q.
+    "minilm-steps": grid("minilm", MINILM | {"adaround": [MINILM["adaround"][0] | PAPER]}, [4, 8],
+                         (0,), symmetric=False, abits=8, setting="Q", step_lr=4e-5, **SENTENCES),
     # Not made again yet with searched knobs. Each needs a search of its own first.
     "resnet20": grid("resnet20", RTN | THREE, [4, 3, 2], iterations=1000, **OUTPUTS),
     "mobilenet": grid("cifar-mobilenet", RTN | THREE, [4, 3, 2], iterations=1000, **OUTPUTS),
@@ -483,7 +486,8 @@ TABLES = {"samples": [few_inputs, ranking], "lite0": [table, paired], "lite1": [
                           [table, paired_windows]),
           "gemma-8-starts": [table],
           "minilm": [table, cosines, paired],
-          **dict.fromkeys(["minilm-starts", "minilm-activations"], [table, cosines]),
+          **dict.fromkeys([name for name in STUDIES if name.startswith("minilm-")],
+                          [table, cosines]),
           "lite0-activations": [table, paired]}
 
 
