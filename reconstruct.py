@@ -131,6 +131,10 @@ class ReconstructionConfig:
         """The probability that an element of a block's input is the full-precision one."""
         return QDROP if self.joint else self.input_drop
 
+    def block_seed(self, index: int) -> int:
+        """Each block has a seed of its own."""
+        return 1000 * self.seed + index
+
     def default(self, knob: str):
         """The value of "lr", "s1_lr" or "reg_weight": as set, else the method's own default. A
         method without a rate for log s1 learns it with lr."""
@@ -317,7 +321,7 @@ def make_iteration(block: nn.Module, x_q: Tensor, y_fp: Tensor, config: Reconstr
     # Each batch is a fresh draw from all inputs, so that no input is always seen together with the
     # same others. All methods draw the same batches: no method can be better because its batches
     # were easier.
-    draw = torch.Generator().manual_seed(1000 * config.seed + index)
+    draw = torch.Generator().manual_seed(config.block_seed(index))
     batches = [torch.randperm(len(x_q), generator=draw)[:config.batch_size] for _ in range(total)]
     batches = torch.stack(batches).to(x_q.device)                    # (iterations, batch)
 
@@ -403,7 +407,7 @@ def recorded(step, *first):
 
     Args:
         step: runs four times here, so it may change nothing but gradients. It gets tensors only.
-        first: values to record with, the first one a tensor. A number becomes a tensor ().
+        first: values to record with, the first one a tensor. A number becomes a scalar tensor.
 
     Returns:
         A function that takes new values in the order of first. Each call fills the same tensor
@@ -418,8 +422,8 @@ def recorded(step, *first):
               torch.tensor(value, dtype=torch.float64, device=device) for value in first]
     mode, graph = torch.cuda.get_sync_debug_mode(), torch.cuda.CUDAGraph()
     with torch.cuda.device(device), torch.random.fork_rng([device]):
-        # Torch needs some calls on another stream first. In the last of them waiting is an error.
-        # If we found that out only while recording, all that follows on the device would fail.
+        # Torch needs some calls on another stream first. In the last of them we forbid step to wait
+        # for the device. A step that waits would fail while we record, and the device with it.
         stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
         stream.wait_stream(current)
         try:
@@ -440,7 +444,7 @@ def recorded(step, *first):
             with torch.cuda.graph(graph, stream=stream):
                 result = step(*values)
         except RuntimeError as problem:
-            torch.cuda.set_stream(current)                           # a failed one leaves its own
+            torch.cuda.set_stream(current)                           # else it stays the recording's
             raise RuntimeError("this block cannot be recorded as a CUDA graph: start Python again, "
                                f"with cuda_graph = False ({problem})") from problem
 
@@ -534,7 +538,7 @@ def reconstruct_block(block: nn.Module, x_q: Tensor, y_fp: Tensor, config: Recon
     # wait for the device. We read all of them at the marks, where evaluate waits anyway.
     history = torch.zeros(total, dtype=torch.float64, device=device_of([block]))
 
-    with learning(block, learned, 1000 * config.seed + index):       # a seed for each block
+    with learning(block, learned, config.block_seed(index)):
         try:
             # The start: all factors as they were placed, so the rule is round to nearest. It is the
             # first candidate. In eval mode codes are hard, and nothing drops.
@@ -855,7 +859,7 @@ def one_pass(blocks, floats, calibration: Tensor, config: ReconstructionConfig,
             # Learn on x_q: what this block will get in use, the errors of earlier blocks included.
             if bits[i] or abits[i]:
                 with undone_on_failure(block, weights=bool(bits[i])):
-                    with seeded(device_of([block]), 1000 * config.seed + i):    # rules may draw
+                    with seeded(device_of([block]), config.block_seed(i)):    # a rule may draw
                         place_quantizers(block, x_q, x_fp, config, bits[i], abits[i])
                     report = reconstruct_block(block, x_q, y_fp, config, x_fp, i, clock.iteration)
                 for q in input_quantizers(block).values():

@@ -1187,6 +1187,14 @@ def test_after_a_failure_the_block_is_float_and_earlier_ones_quantized():
     assert [q.drop for q in input_quantizers(first).values()] == [0.0, 0.0]
 
 
+class Drawn(flexround.FlexRound):
+    """A rule of one's own that draws its start."""
+
+    def __init__(self, W, *args, **settings):
+        super().__init__(W, *args, **settings)
+        self.log_S2.data += torch.randn_like(W)
+
+
 @pytest.mark.parametrize("settings, stop, rest", [
     ({}, 3, [2, 3]), ({"method": "adaround", "start": "outputs", "input_drop": 0.5}, 2, [1, 2, 3]),
     ({"abits": 4, "step_lr": 0.02}, 3, [2, 3, 0, 1, 2, 3]), ({"abits": 4, "step_lr": 0.02}, 7,
@@ -1197,11 +1205,6 @@ def test_an_interrupted_call_goes_on_with_the_same_digits(settings, stop, rest, 
     rule that draws its start draws it by the seed and the block. And the time left has to count
     the blocks that are learned, no more and no less."""
     learn, calls, clocks = reconstruct.reconstruct_block, [], []
-
-    class Drawn(flexround.FlexRound):
-        def __init__(self, W, *args, **settings):
-            super().__init__(W, *args, **settings)
-            self.log_S2.data += 0.1 * torch.randn_like(W)
 
     class Kept(reconstruct.Clock):
         def __init__(self, *args):
@@ -1234,13 +1237,8 @@ def test_an_interrupted_call_goes_on_with_the_same_digits(settings, stop, rest, 
 
 def test_a_rule_draws_anew_in_each_block_and_by_the_seed(monkeypatch):
     """Else a whole network would start in the same corner, or nobody could make a run again."""
-    class Drawn(flexround.FlexRound):
-        def __init__(self, W, *args, **settings):
-            super().__init__(W, *args, **settings)
-            self.log_S2.data += torch.randn_like(W)
-
     monkeypatch.setitem(flexround.METHODS, "drawn", Drawn)
-    drawn, before = {}, torch.get_rng_state()
+    drawn = {}
     for run, seed in ((0, 0), (1, 0), (2, 1)):
         blocks = [nn.Linear(4, 4), nn.Linear(4, 4)]
         config = replace(QUICK, method="drawn", iterations=1, lr=1e-9, seed=seed, end_bits=None)

@@ -102,9 +102,10 @@ def study(args, data, runs: list) -> Iterator[tuple]:
         seconds = time.perf_counter() - began                        # loading and scoring included
         if own.method != "rtn":
             each = seconds / own.iterations
-        if record is not None:                                       # for paired tests
-            studies.append_result(Path(args.out, "runs.jsonl"), record)
-        score = "not finite" if record is None else f"{record['score']:.2f} of {facts['full']:.2f}"
+        score = "not finite"
+        if record is not None:
+            studies.append_result(Path(args.out, "runs.jsonl"), record)    # for paired tests
+            score = f"{record['score']:.2f} of {facts['full']:.2f}"
         yield what, score, seconds
 
 

@@ -325,6 +325,11 @@ def append_result(path, record: dict) -> None:
         out.write(json.dumps(record) + "\n")
 
 
+def precision(own: dict) -> str:
+    """What a row calls its bits: W4, or W4A8 where the layers' inputs are quantized too."""
+    return f"W{own['bits']}" + (f"A{own['abits']}" if own["abits"] else "")
+
+
 def table(records: list[dict]) -> str:
     """The records as a Markdown table, networks and bits down, methods and their settings across.
     With more than 7 columns it is the other way round.
@@ -341,8 +346,7 @@ def table(records: list[dict]) -> str:
         named = [f"{k} {v}" for k, v in own.items() if k not in hidden and v != DEFAULTS[k] and (
             k in ("lr", "s1_lr", "reg_weight", "p") or any(other[k] != v for other in same))]
         column = ", ".join([NAMES.get(own["method"], own["method"]), *named])
-        abits = f"A{own['abits']}" if own["abits"] else ""
-        row = f"{record['network']} | W{own['bits']}{abits}"
+        row = f"{record['network']} | {precision(own)}"
         full.setdefault(row, []).append(record["full"])              # with "train" each seed's own
         columns[column] = None                                       # in the order of the records
         cells.setdefault((row, column), []).append(record)
@@ -384,8 +388,9 @@ def paired(records: list[dict]) -> str:
         if record["config"]["seed"] not in seeds:                    # nothing to pair it with
             continue
         own, bits = settings_of(record), np.frombuffer(bytes.fromhex(record["right"]), np.uint8)
-        abits = f"A{own['abits']}, setting {own['setting']}" if own["abits"] else ""
-        key = f"{record['network']} | W{own['bits']}{abits}{', per channel' * own['per_channel']}"
+        setting = f", setting {own['setting']}" if own["abits"] else ""
+        channels = ", per channel" if own["per_channel"] else ""
+        key = f"{record['network']} | {precision(own)}{setting}{channels}"
         count = int(record["about"].split(" on ")[-1].split()[0].replace(",", ""))
         right.setdefault(key, {}).setdefault(own["method"], []).append(
             np.unpackbits(bits, count=count))
@@ -411,11 +416,11 @@ def left(record: dict, nearest: dict, kind: str) -> float:
 
 
 def by_place(records: list[dict]) -> dict:
-    """{(network, bits, number of inputs): {method: [record of each seed]}}"""
+    """{(network, precision, number of inputs): {method: [record of each seed]}}"""
     places = {}
     for record in records:
         own = settings_of(record)
-        place = places.setdefault((record["network"], own["bits"], record["samples"]), {})
+        place = places.setdefault((record["network"], precision(own), record["samples"]), {})
         place.setdefault(own["method"], []).append(record)
     return places
 
@@ -428,7 +433,7 @@ def few_inputs(records: list[dict]) -> str:
     lines = ["| network | bits | inputs |" + "".join(f" {NAMES[m]} |" for m in methods),
              "|---" * (3 + len(methods)) + "|"]
     for (network, bits, samples), runs in places.items():
-        line = f"| {network} | W{bits} | {samples} |"
+        line = f"| {network} | {bits} | {samples} |"
         for method in methods:
             score, *losses = (statistics.median(values) for values in (
                 [r["score"] for r in runs[method]],
@@ -470,7 +475,7 @@ def paired_windows(records: list[dict]) -> str:
                 continue
             difference = nats["flexround"] - theirs                  # (windows,)
             mean, error = mean_and_error(difference)
-            lines.append(f"| {network} | W{bits} | {NAMES[method]} | {mean:+.3f} ± "
+            lines.append(f"| {network} | {bits} | {NAMES[method]} | {mean:+.3f} ± "
                          f"{error:.3f} | {(difference < 0).sum()} | {(difference > 0).sum()} |")
     return "\n".join(lines)
 
