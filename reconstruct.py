@@ -325,14 +325,16 @@ def make_iteration(block: nn.Module, x_q: Tensor, y_fp: Tensor, config: Reconstr
     batches = [torch.randperm(len(x_q), generator=draw)[:config.batch_size] for _ in range(total)]
     batches = torch.stack(batches).to(x_q.device)                    # (iterations, batch)
 
-    # Only AdaRound has a regulariser: a number from 0 to 1 for each weight, summed. We multiply it
-    # by a multiple of the block's loss at the start, shared out among the weights. So it means the
-    # same in a block whose loss is 0.1 and in one whose loss is 10,000.
+    # We descend the loss divided by what it was before learning. Adam is almost blind to the unit
+    # of a loss, but its eps is not: if gradients were as small as eps, nothing would be learned.
+    unit = start_loss or 1.0
+
+    # Only AdaRound has a regulariser: a number from 0 to 1 for each weight, summed. We share its
+    # coefficient out among the weights.
     regularised = [q for q in quantizers(block).values() if factors and hasattr(q, "regulariser")]
     reg_weight = 0.0
     if regularised:
-        count = sum(q.V.numel() for q in regularised)
-        reg_weight = config.default("reg_weight") * start_loss / count
+        reg_weight = config.default("reg_weight") / sum(q.V.numel() for q in regularised)
 
     # In setting Q the inputs of layers are sometimes left unrounded: see flexround.LSQ.
     dropping = [q for q in input_quantizers(block).values() if q.drop > 0]
@@ -350,11 +352,11 @@ def make_iteration(block: nn.Module, x_q: Tensor, y_fp: Tensor, config: Reconstr
         for q in regularised + dropping:
             q.train()
         # Each layer computes W_hat from W and its factors, so that gradients reach the factors.
-        loss = block_loss(block(x), y, config.channel_dim)
+        loss = block_loss(block(x), y, config.channel_dim) / unit
         # AdaRound's soft start is W itself. In the first block, which gets the float inputs, the
         # loss is then 0, and its gradient is rounding noise. Adam would make whole steps of it,
         # different ones on each processor. So a loss that is only noise gets the gradient 0.
-        loss = loss * (loss.detach() > torch.finfo(loss.dtype).eps * start_loss)
+        loss = loss * (loss.detach() > torch.finfo(loss.dtype).eps)
         # AdaRound's regulariser pulls h to 0 or 1. The further beta falls, the more weights it
         # moves.
         for q in regularised:
@@ -390,7 +392,7 @@ def make_iteration(block: nn.Module, x_q: Tensor, y_fp: Tensor, config: Reconstr
 
         # 5. Adam's step.
         optimizer.step()
-        return loss
+        return loss * unit
 
     return iterate
 
