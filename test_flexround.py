@@ -793,8 +793,8 @@ def test_what_each_setting_learns(method):
     """B first learns the weights as if there were no activations, and Q learns both at once."""
     def learned(**settings):
         net, x, _ = tiny("resnet conv")
-        reports = quantize_model(net.blocks, x, replace(QUICK, method=method, iterations=8,
-                                                        **settings))
+        own = replace(QUICK, method=method, iterations=4, **settings)
+        reports = quantize_model(net.blocks, x, own)
         weights = {n: q.state_dict() for n, q in quantizers(net).items()}
         return weights, net(x), any(r.final_loss < r.start_loss for r in reports if r.abits)
 

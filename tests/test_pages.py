@@ -34,13 +34,13 @@ def rows_of(output):
 def test_the_main_job_in_small(capsys):
     """The main job prints one table, with the scores that we find outside its processes."""
     reconstruct.main(["--model", "resnet", "--method", "rtn", "flexround", "--bits", "3",
-                      "--iterations", "4", "--device", "cpu"])
+                      "--iterations", "2", "--device", "cpu"])
     printed = capsys.readouterr().out
     scores = {"full precision": None, "RoundToNearest": "rtn", "FlexRound": "flexround"}
     for column, method in scores.items():
         task = models.load_task("resnet", dtype=torch.float64)
         if method:
-            config = ReconstructionConfig(method, 3, start="outputs", iterations=4,
+            config = ReconstructionConfig(method, 3, start="outputs", iterations=2,
                                           batch_size=task.batch_size)
             quantize_model(task.net.blocks, task.calibration, config)
         scores[column] = f"{task.score(task.net):.2f}"

@@ -180,6 +180,14 @@ def test_folding_leaves_a_float_layer_that_shares_the_weight_alone():
         assert torch.equal(other.weight, before["weight"]) and (layer.weight != other.weight).any()
 
 
+@pytest.mark.parametrize("required", [True, False])
+def test_a_folded_weight_requires_a_gradient_where_the_float_one_did(required):
+    """A user freezes a network for a reason, and fold makes a new Parameter."""
+    layer = nn.Linear(5, 5).requires_grad_(required)
+    quantize_layers(layer, ReconstructionConfig(bits=2))
+    assert fold(layer).weight.requires_grad == required
+
+
 @over_methods
 def test_state_dict_round_trip_and_to(method):
     """A user saves a half-done network with torch's own means, so these have to carry the lot."""
@@ -471,7 +479,7 @@ def test_an_interrupted_call_goes_on_with_the_same_digits(settings, stop, rest, 
 
     net, x, _ = tiny("resnet conv")
     monkeypatch.setitem(flexround.METHODS, "drawn", Drawn)
-    config, whole = replace(QUICK, iterations=8, **settings), copy.deepcopy(net)
+    config, whole = replace(QUICK, iterations=4, **settings), copy.deepcopy(net)
     monkeypatch.setattr(reconstruct, "Clock", Kept)
     quantize_model(whole.blocks, x, config)
     monkeypatch.setattr(reconstruct, "reconstruct_block", learn_until)
@@ -556,7 +564,7 @@ def test_weights_and_activations_end_to_end(name, setting, symmetric):
     """At 8 bits all is near the float network, and each layer's input lies on its grid."""
     net, x, layers = tiny(name)
     full = net(x).detach()
-    own = replace(QUICK, bits=8, abits=8, setting=setting, symmetric=symmetric)
+    own = replace(QUICK, bits=8, abits=8, setting=setting, symmetric=symmetric, iterations=4)
     reports = quantize_model(net.blocks, x, own)
     assert float((net(x).detach() - full).norm() / full.norm()) < 0.1
     flat = [name for names in layers for name in names]
@@ -594,8 +602,8 @@ def test_the_start_of_q_draws_nothing():
     for seed in (1, 2):
         net, x, _ = tiny("resnet conv")
         torch.manual_seed(seed)
-        quantize_model(net.blocks, x, replace(QUICK, abits=4, setting="Q", start="outputs",
-                                              learn_s1=False))
+        own = replace(QUICK, abits=4, setting="Q", start="outputs", learn_s1=False, iterations=1)
+        quantize_model(net.blocks, x, own)
         grids.append([q.log_s1.tolist() for q in quantizers(net).values()])
     assert grids[0] == grids[1]
 
@@ -606,7 +614,8 @@ def test_a_sign_is_seen_on_all_calibration_inputs():
         torch.manual_seed(0)
         net, x = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)), correlated(64, 6).abs()
         x[16 * batch:, 2][:1] = -0.1                                 # 4: nowhere
-        quantize_model(net, x, replace(QUICK, bits=8, abits=8, batch_size=16))
+        own = replace(QUICK, bits=8, abits=8, batch_size=16, iterations=1)
+        quantize_model(net, x, own)
         assert input_quantizers(net)["0"].signed == (batch < 4)
     x = torch.randn(300_000, generator=torch.Generator().manual_seed(0))
     for x[123_456] in (50.0, -50.0):
@@ -648,7 +657,7 @@ def test_steps_and_hooks_come_and_go_with_their_layer():
     """A copy has steps of its own, state_dict has them, and fold leaves the user's hooks alone."""
     net, x, _ = tiny("resnet conv")
     plain, twin = copy.deepcopy(net), copy.deepcopy(net)
-    own = replace(QUICK, abits=4, setting="Q", step_lr=0.02)
+    own = replace(QUICK, abits=4, setting="Q", step_lr=0.02, iterations=4)
     quantize_model(net.blocks, x, own)
     quantize_model(twin.blocks, x, replace(own, iterations=1))
     assert not torch.equal(twin(x), net(x))
@@ -898,7 +907,7 @@ def test_what_is_not_done_as_asked_is_said():
             ([nn.Linear(4, 4), nn.Softmax(2)], {}, "end_bits skips block 1, no weight"),
             ([nn.Linear(4, 4)], {"bits": 8, "abits": 4}, "no layer is left at abits = 4")):
         with pytest.warns(UserWarning) as said:
-            quantize_model(blocks, torch.randn(9, 1, 4), replace(QUICK, **settings))
+            quantize_model(blocks, torch.randn(9, 1, 4), replace(QUICK, iterations=1, **settings))
         assert any(re.search(message, str(warning.message)) for warning in said)
     net, x, _ = tiny("gpt")
     with warnings.catch_warnings():
