@@ -59,6 +59,7 @@ def disturbed(shape, symmetric=True, per_channel=False, cls=FlexRound):
         q.log_s1.sub_(0.3)                                           # so that the clamp takes part
     return q, W
 
+
 # ---- 1. Gradients --------------------------------------------------------------------------------
 #
 # The paper has one proposition, and it is about a gradient: a large weight gets a large gradient of
@@ -115,7 +116,7 @@ def slow_flexround(q, W, G):
 @gradients
 @over_cases
 def test_forward_and_gradients_agree_with_the_loops_in_numpy(shape, symmetric, per_channel):
-    """Loops over single weights repeat section 3.1, because they share no line with the code."""
+    """We repeat section 3.1 in loops over single weights, which share no line with the code."""
     q, W = disturbed(shape, symmetric, per_channel)
     G = weight(shape, seed=9)
     q(W).backward(G)
@@ -196,7 +197,8 @@ class Count(TorchDispatchMode):
 @gradients
 @over_cases
 def test_the_backward_by_hand_is_autograds_in_fewer_operations(shape, symmetric, per_channel):
-    """Division stands in the code only because it is cheaper, so we count the operations."""
+    """Autograd through Eq. 2 finds the gradients of Division. Division is in the code only because
+    it needs fewer operations, so we count them."""
     def chain(W):                                                    # Eq. 2 as it is printed
         S = q.s1 * q.S2 * q.s3 * (1 if q.s4 is None else q.s4)
         return q.s1 * flexround.Clamp.apply(flexround.Round.apply(W / S), *q.bounds)
@@ -235,7 +237,8 @@ def test_gradients_of_adaquant_in_closed_form(shape, symmetric, per_channel):
 @gradients
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_gradient_of_adaround_is_the_true_one(symmetric):
-    """Soft AdaRound does not round, so its gradient must pass gradcheck off the kinks."""
+    """In train mode AdaRound is soft and does not round. So its gradient is the true one, and
+    numerical differences agree with it off the kinks of h and of the clamp."""
     q, W = disturbed((4, 3, 3, 3), symmetric, cls=flexround.AdaRound)
     h, (lo, hi) = q.train().h().detach(), q.bounds
     k = torch.floor(W / q.s1) + h
@@ -321,13 +324,15 @@ def test_the_authors_code_agrees(bits):
     for p, ours in zip(*pairs, strict=True):
         torch.testing.assert_close(ours.grad, p.grad, rtol=1e-12, atol=1e-13)
 
+
 # ---- 2. The four rules ---------------------------------------------------------------------------
 #
 # A rule says which code each weight gets, and W_hat is s1 times the codes. All rules start as round
 # to nearest, and a quantized layer computes with W_hat in place of W.
 
 def test_a_weight_worked_out_by_hand():
-    """Weights by hand show that the divisor has all factors, the front s1 alone, and V W's unit."""
+    """The divisor holds all factors. In front of the rounding stands s1 alone. AdaQuant's V has the
+    unit of W, because it is added before the division by s1."""
     # S = 0.5 * 2 * 1 = 1: u = 0.9 rounds to 1. S = 0.5 * 1 * 0.8 = 0.4: u = -3.25 rounds to -3.
     # u = 1.2 / (0.5 * 1 * 1) = 2.4 rounds to 2. u = 5 / 0.4 = 12.5 is cut to 3.
     W = torch.tensor([[0.9, 1.2], [-1.3, 5.0]])
@@ -435,6 +440,7 @@ def test_a_layer_keeps_its_own_forward_and_folds_bit_for_bit(make, method):
     assert isinstance(layer.weight, nn.Parameter) and layer.weight.requires_grad
     assert torch.equal(layer.weight, twin.weight) and torch.equal(layer(x), y)
 
+
 # ---- 3. The grid ---------------------------------------------------------------------------------
 #
 # The step size s1 and the zero point decide what can be represented at all. A plain sweep over many
@@ -451,6 +457,7 @@ def min_max(W, bits, symmetric, per_channel):
 
 
 def lp_error(rows, s1, z, bits, symmetric, p):
+    """sum |W - W_hat|^p of each row, by round to nearest on the grid (s1, z)."""
     lo, hi = (-2 ** (bits - 1), 2 ** (bits - 1) - 1) if symmetric else (0, 2 ** bits - 1)
     return (abs(s1 * (np.clip(np.rint(rows / s1) + z, lo, hi) - z) - rows) ** p).sum(1)
 
@@ -493,8 +500,8 @@ def test_an_asymmetric_range_holds_zero_and_shrinks_each_end_alone():
 
 
 def layer_for(kind, dtype=torch.float64):
-    """A layer whose first output channel is large, and (n, ...) inputs that reach each weight
-    alone: behind them an error of a weight is an error of an output."""
+    """A layer whose first output channel is large, and (n, ...) inputs that each reach one weight
+    of a channel. The error of an output is then the error of one weight."""
     torch.manual_seed(0)
     layer = {"linear": lambda: nn.Linear(5, 6), "conv": lambda: nn.Conv2d(3, 4, 3),
              "depthwise": lambda: nn.Conv2d(6, 6, 3, groups=6)}[kind]().to(dtype)
@@ -550,6 +557,7 @@ def test_a_start_on_outputs_is_that_on_weights_where_each_input_reaches_one_weig
     theirs = flexround.search_range(layer.weight, 3, symmetric, per_channel, p=2.0)
     torch.testing.assert_close(ours, theirs)
 
+
 # ---- 4. The loop: one block ----------------------------------------------------------------------
 #
 # Adam moves the factors so that the block's output comes closer to that of full precision. We keep
@@ -570,6 +578,7 @@ def test_the_reduction_of_the_loss():
 
 @torch.no_grad()
 def loss_of(block, x, y):
+    """The loss on all inputs at once, as a number."""
     return float(block_loss(block(x), y))
 
 
@@ -707,6 +716,7 @@ def test_only_the_quantizers_parameters_are_touched(method):
     assert all(not torch.equal(a, b) for a, b in zip(before, learned, strict=True))
     assert not any(m.training for m in block.modules())
 
+
 # ---- 5. A network, end to end --------------------------------------------------------------------
 #
 # Each block learns on what the quantized blocks before it return, and its target is the output of
@@ -808,6 +818,7 @@ def test_what_each_setting_learns(method):
                               for seed in (0, 0, 1))
         assert torch.equal(in_q[1], again[1]) and not torch.equal(in_q[1], other[1])
         assert not equal(in_q[0], alone)
+
 
 # ---- 6. A rule of your own -----------------------------------------------------------------------
 #

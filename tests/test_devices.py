@@ -20,7 +20,6 @@ from reconstruct import ReconstructionConfig, quantize_model
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 
-
 # ---- 1. Without a GPU ----------------------------------------------------------------------------
 
 def test_a_block_comes_home_when_its_turn_fails():
@@ -154,6 +153,7 @@ def test_a_device_computes_the_cpus_bits_and_no_iteration_waits(name, home, sett
     for ours, theirs in zip(found, quantize_model(expected, x, config), strict=True):
         assert replace(ours, seconds=0) == replace(theirs, seconds=0)
     assert equal_states(blocks.state_dict(), expected.state_dict())
+
 
 # ---- 2. On a GPU ---------------------------------------------------------------------------------
 

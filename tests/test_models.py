@@ -261,6 +261,7 @@ def test_folding_is_compared_without_tf32(monkeypatch):
     folding(watch)
     assert seen == [False, False] and torch.backends.cudnn.allow_tf32
 
+
 # ---- 2. Published files --------------------------------------------------------------------------
 
 def test_the_resnet20_checkpoint_is_read_and_others_are_refused(tmp_path):
@@ -333,6 +334,7 @@ def test_resnet20_reaches_its_published_accuracy():
     """91.73 % is the checkpoint's own number, so reading, folding and normalising must be right."""
     task = models.load_task("resnet20", SHARED)
     assert task.score(task.net) == pytest.approx(91.73, abs=0.02)
+
 
 # ---- 3. Tasks and scores -------------------------------------------------------------------------
 

@@ -79,6 +79,7 @@ def test_in_float64_each_instruction_set_finds_the_same_codes(network, method):
         pytest.skip("this processor has one instruction set only")
     assert len(set(found.values())) == 1, found
 
+
 # ---- 2. README -----------------------------------------------------------------------------------
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -144,6 +145,7 @@ def test_the_readmes_links_and_flags_are_there_and_ci_runs_its_commands():
                         ("jupyter execute demo.ipynb", "")):
         assert f"grep -oE -m1 '^{line}' README.md" in (ROOT / ".ci" / "run").read_text()
         assert re.search(f"^{line}{after}$", README, re.M)
+
 
 # ---- 3. The notebook -----------------------------------------------------------------------------
 

@@ -137,6 +137,7 @@ def test_a_start_on_outputs_looks_at_the_first_64_float_inputs():
     for block, (log_s1, _) in zip(blocks, expected, strict=True):
         assert torch.equal(quantizers(block)[""].log_s1, log_s1)
 
+
 # ---- 2. Quantizers on layers ---------------------------------------------------------------------
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -230,6 +231,7 @@ def test_a_compiled_layer_is_found_once():
     with pytest.warns(UserWarning, match="float inputs again"):
         fold(block)
     assert not quantizers(block) and torch.equal(layer.weight, W_hat)
+
 
 # ---- 3. One block --------------------------------------------------------------------------------
 
@@ -395,6 +397,7 @@ def test_a_loss_that_is_not_finite_and_an_interrupt_leave_the_block_as_it_was():
             reconstruct_block(nn.Sequential(block, last), x, y, config, index=4, progress=stop)
         assert equal_states(block.state_dict(), before)
 
+
 # ---- 4. Networks ---------------------------------------------------------------------------------
 
 def test_a_head_tied_to_an_embedding_stays_float():
@@ -541,6 +544,7 @@ def test_a_long_block_says_where_it_is_every_ten_seconds(monkeypatch, capsys):
             clock.iteration(i, 0.5)
     assert capsys.readouterr().err == "iteration 3, last evaluated loss 0.5 (about 388 s left)\n"
 
+
 # ---- 5. Activations ------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -677,6 +681,7 @@ def test_steps_and_hooks_come_and_go_with_their_layer():
         fold(other)
     assert not input_quantizers(other) and set(other.state_dict()) == set(plain.state_dict())
     assert [hook for m in other.modules() for hook in m._forward_pre_hooks.values()] == [mine]
+
 
 # ---- 6. Bad input --------------------------------------------------------------------------------
 
