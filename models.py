@@ -189,6 +189,122 @@ class MobileNet(Blocks):
         super().__init__(*blocks, last, classifier(2 * c_in, classes))
 
 
+# ---- A GPT (GPT-2's architecture, in nanoGPT's spirit) -------------------------------------------
+
+class Embeddings(nn.Module):
+    """Token and learned position embeddings: (B, T) integers -> (B, T, D)."""
+
+    def __init__(self, vocabulary: int, context: int, width: int):
+        super().__init__()
+        self.wte = nn.Embedding(vocabulary, width)
+        self.wpe = nn.Embedding(context, width)
+
+    def forward(self, tokens):
+        T = tokens.shape[1]                                          # at most the context
+        return self.wte(tokens) + self.wpe.weight[:T]                # (B, T, D)
+
+
+class Attention(nn.Module):
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.c_attn = nn.Linear(width, 3 * width)                    # queries, keys, values
+        self.c_proj = nn.Linear(width, width)
+
+    def forward(self, x):
+        B, T, D = x.shape
+        qkv = self.c_attn(x).view(B, T, 3, self.heads, D // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                         # each (B, heads, T, D/heads)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, heads, T, D/heads)
+        return self.c_proj(y.transpose(1, 2).reshape(B, T, D))       # (B, T, D)
+
+
+class TransformerBlock(nn.Module):
+    """x + attention(norm(x)), then x + MLP(norm(x)): (B, T, D) -> (B, T, D)."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(width)
+        self.attn = Attention(width, heads)
+        self.ln_2 = nn.LayerNorm(width)
+        self.mlp = nn.Sequential(OrderedDict(
+            c_fc=nn.Linear(width, 4 * width),
+            act=nn.GELU("tanh"),
+            c_proj=nn.Linear(4 * width, width)))
+
+    def forward(self, x):
+        x = x + self.attn(self.ln_1(x))
+        return x + self.mlp(self.ln_2(x))
+
+
+class Head(nn.Module):
+    """Last norm and the projection to logits: (B, T, D) -> (B, T, V)."""
+
+    def __init__(self, wte: nn.Embedding):
+        super().__init__()
+        self.ln_f = nn.LayerNorm(wte.embedding_dim)
+        self.lm_head = nn.Linear(wte.embedding_dim, wte.num_embeddings, bias=False)
+        self.lm_head.weight = wte.weight                             # tied: it stays float
+
+    def forward(self, x):
+        return self.lm_head(self.ln_f(x))
+
+
+class GPT(Blocks):
+    """GPT-2's architecture: model(tokens) returns logits, (B, T) -> (B, T, vocabulary).
+
+    vocabulary is the number of tokens, context the largest T, and width is D, a multiple of heads.
+    """
+
+    def __init__(self, vocabulary: int, context: int = 64, layers: int = 4, heads: int = 4,
+                 width: int = 64):
+        first = Embeddings(vocabulary, context, width)
+        inner = [TransformerBlock(width, heads) for _ in range(layers)]
+        super().__init__(first, *inner, Head(first.wte))
+        self.context = context
+        for name, p in self.named_parameters():                      # GPT-2's start
+            if name.endswith("c_proj.weight"):                       # they add to the residual
+                nn.init.normal_(p, std=0.02 / (2 * layers) ** 0.5)
+            elif p.dim() == 2:
+                nn.init.normal_(p, std=0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(p)
+
+
+def gpt2(path, n_head: int | None = None) -> GPT:
+    """A network of the GPT-2 family with its published weights: pytorch_model.bin or
+    model.safetensors of openai-community/gpt2, -medium, -large or -xl. All of these have width / 64
+    attention heads, which is n_head = None. ValueError: not a GPT-2."""
+    if Path(path).suffix == ".safetensors":
+        from safetensors.torch import load_file
+        saved = load_file(path)
+    else:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+    state = {}
+    for key, t in saved.items():
+        key = key.removeprefix("transformer.")
+        if key.endswith((".attn.bias", ".masked_bias")):             # old files hold the mask
+            continue
+        if key.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")):
+            t = t.T                                                  # Conv1D's (in, out)
+        state[key] = t
+    if "wte.weight" not in state or "wpe.weight" not in state:
+        raise ValueError(f"{path} is not a GPT-2: it has no wte.weight or no wpe.weight")
+    state.setdefault("lm_head.weight", state["wte.weight"])          # tied
+
+    vocabulary, width = state["wte.weight"].shape
+    context = len(state["wpe.weight"])
+    layers = 0
+    for key in state:
+        if key.startswith("h."):                                     # h.3.ln_1.weight: layer 3
+            layers = max(layers, 1 + int(key.split(".")[1]))
+    if n_head is None:
+        n_head = width // 64
+    net = GPT(vocabulary, context, layers, n_head, width)
+    inner = [f"h.{i}." for i in range(layers)]
+    return read_into(net, state, ["", *inner, ""], path)
+
+
 # ---- Batch norm goes into the convolution before it ----------------------------------------------
 
 # How far the outputs may be off after folding, of the largest, by the coarsest dtype in the net.
@@ -326,122 +442,6 @@ def fold_batchnorm(net: nn.Module, x: Tensor | None = None) -> nn.Module:
         swap(old)
         raise
     return net
-
-
-# ---- A GPT (GPT-2's architecture, in nanoGPT's spirit) -------------------------------------------
-
-class Embeddings(nn.Module):
-    """Token and learned position embeddings: (B, T) integers -> (B, T, D)."""
-
-    def __init__(self, vocabulary: int, context: int, width: int):
-        super().__init__()
-        self.wte = nn.Embedding(vocabulary, width)
-        self.wpe = nn.Embedding(context, width)
-
-    def forward(self, tokens):
-        T = tokens.shape[1]                                          # at most the context
-        return self.wte(tokens) + self.wpe.weight[:T]                # (B, T, D)
-
-
-class Attention(nn.Module):
-    def __init__(self, width: int, heads: int):
-        super().__init__()
-        self.heads = heads
-        self.c_attn = nn.Linear(width, 3 * width)                    # queries, keys, values
-        self.c_proj = nn.Linear(width, width)
-
-    def forward(self, x):
-        B, T, D = x.shape
-        qkv = self.c_attn(x).view(B, T, 3, self.heads, D // self.heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)                         # each (B, heads, T, D/heads)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, heads, T, D/heads)
-        return self.c_proj(y.transpose(1, 2).reshape(B, T, D))       # (B, T, D)
-
-
-class TransformerBlock(nn.Module):
-    """x + attention(norm(x)), then x + MLP(norm(x)): (B, T, D) -> (B, T, D)."""
-
-    def __init__(self, width: int, heads: int):
-        super().__init__()
-        self.ln_1 = nn.LayerNorm(width)
-        self.attn = Attention(width, heads)
-        self.ln_2 = nn.LayerNorm(width)
-        self.mlp = nn.Sequential(OrderedDict(
-            c_fc=nn.Linear(width, 4 * width),
-            act=nn.GELU("tanh"),
-            c_proj=nn.Linear(4 * width, width)))
-
-    def forward(self, x):
-        x = x + self.attn(self.ln_1(x))
-        return x + self.mlp(self.ln_2(x))
-
-
-class Head(nn.Module):
-    """Last norm and the projection to logits: (B, T, D) -> (B, T, V)."""
-
-    def __init__(self, wte: nn.Embedding):
-        super().__init__()
-        self.ln_f = nn.LayerNorm(wte.embedding_dim)
-        self.lm_head = nn.Linear(wte.embedding_dim, wte.num_embeddings, bias=False)
-        self.lm_head.weight = wte.weight                             # tied: it stays float
-
-    def forward(self, x):
-        return self.lm_head(self.ln_f(x))
-
-
-class GPT(Blocks):
-    """GPT-2's architecture: model(tokens) returns logits, (B, T) -> (B, T, vocabulary).
-
-    vocabulary is the number of tokens, context the largest T, and width is D, a multiple of heads.
-    """
-
-    def __init__(self, vocabulary: int, context: int = 64, layers: int = 4, heads: int = 4,
-                 width: int = 64):
-        first = Embeddings(vocabulary, context, width)
-        inner = [TransformerBlock(width, heads) for _ in range(layers)]
-        super().__init__(first, *inner, Head(first.wte))
-        self.context = context
-        for name, p in self.named_parameters():                      # GPT-2's start
-            if name.endswith("c_proj.weight"):                       # they add to the residual
-                nn.init.normal_(p, std=0.02 / (2 * layers) ** 0.5)
-            elif p.dim() == 2:
-                nn.init.normal_(p, std=0.02)
-            elif name.endswith("bias"):
-                nn.init.zeros_(p)
-
-
-def gpt2(path, n_head: int | None = None) -> GPT:
-    """A network of the GPT-2 family with its published weights: pytorch_model.bin or
-    model.safetensors of openai-community/gpt2, -medium, -large or -xl. All of these have width / 64
-    attention heads, which is n_head = None. ValueError: not a GPT-2."""
-    if Path(path).suffix == ".safetensors":
-        from safetensors.torch import load_file
-        saved = load_file(path)
-    else:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-    state = {}
-    for key, t in saved.items():
-        key = key.removeprefix("transformer.")
-        if key.endswith((".attn.bias", ".masked_bias")):             # old files hold the mask
-            continue
-        if key.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")):
-            t = t.T                                                  # Conv1D's (in, out)
-        state[key] = t
-    if "wte.weight" not in state or "wpe.weight" not in state:
-        raise ValueError(f"{path} is not a GPT-2: it has no wte.weight or no wpe.weight")
-    state.setdefault("lm_head.weight", state["wte.weight"])          # tied
-
-    vocabulary, width = state["wte.weight"].shape
-    context = len(state["wpe.weight"])
-    layers = 0
-    for key in state:
-        if key.startswith("h."):                                     # h.3.ln_1.weight: layer 3
-            layers = max(layers, 1 + int(key.split(".")[1]))
-    if n_head is None:
-        n_head = width // 64
-    net = GPT(vocabulary, context, layers, n_head, width)
-    inner = [f"h.{i}." for i in range(layers)]
-    return read_into(net, state, ["", *inner, ""], path)
 
 
 # ---- Data ----------------------------------------------------------------------------------------

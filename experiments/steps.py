@@ -156,7 +156,7 @@ def quantize(blocks, x, unseen, config: ReconstructionConfig, starts: list[dict]
     u_fp = u_q = unseen
 
     def run(block, x):
-        return reconstruct.run(block, x, config.batch_size, "cpu", "cpu")
+        return reconstruct.outputs_of(block, x, config.batch_size, "cpu", "cpu")
 
     for i, block in enumerate(blocks):
         y_fp, v_fp = run(block, x_fp), run(block, u_fp)
