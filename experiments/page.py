@@ -17,9 +17,13 @@ import models
 
 
 def initial_s1(W, lo, hi):
-    """Return the one of 100 step sizes by which round to nearest has the least squared error."""
+    """Return the one of 100 step sizes for which ||W - W_hat||^2 of round to nearest is least."""
+    def error(s1):
+        W_hat = s1 * (W / s1).round().clamp(lo, hi)
+        return (W - W_hat).square().sum()
+
     sizes = W.abs().max() / hi * torch.arange(1, 101) / 100          # the last one clips nothing
-    return min(sizes, key=lambda s1: (W - s1 * (W / s1).round().clamp(lo, hi)).square().sum())
+    return min(sizes, key=error)
 
 
 class FlexRound(nn.Module):
@@ -29,7 +33,7 @@ class FlexRound(nn.Module):
         super().__init__()
         self.lo, self.hi = -2 ** (bits - 1), 2 ** (bits - 1) - 1     # 2 bits: -2, -1, 0, 1
         C_out, C_in, *kernel = W.shape
-        ones = [1] * len(kernel)
+        ones = [1] * len(kernel)                                     # a linear layer has no kernel
         self.log_s1 = nn.Parameter(initial_s1(W, self.lo, self.hi).log())
         self.log_S2 = nn.Parameter(torch.zeros_like(W))              # all scales start at 1, so
         self.log_s3 = nn.Parameter(W.new_zeros(C_out, 1, *ones))     # we start at round to nearest
@@ -46,6 +50,7 @@ class FlexRound(nn.Module):
 
 def reconstruct(block, x_q, y_fp, iterations):
     """Minimise ||y_fp - block(x_q)||^2 over s1, S2, s3 and s4 of the block's layers."""
+    # s1 moves all weights of a layer at once, so it has a smaller learning rate than the rest.
     groups = [{"params": p, "lr": 0.008 if name.endswith("log_s1") else 0.032}
               for name, p in block.named_parameters() if p.requires_grad]
     adam = torch.optim.Adam(groups)
@@ -72,7 +77,8 @@ def main(iterations=150):
         parametrize.register_parametrization(layer, "weight", FlexRound(layer.weight, bits))
     print(f"round to nearest  {task.score(net):.2f}")
 
-    x_fp = x_q = task.calibration                                    # X and X_tilde, 512 images
+    # x_fp is the paper's X, from full-precision blocks. x_q is X_tilde, from quantized ones.
+    x_fp = x_q = task.calibration                                    # 512 training images
     for block_fp, block in zip(net_fp.blocks, net.blocks, strict=True):
         y_fp = block_fp(x_fp)
         reconstruct(block, x_q, y_fp, iterations)
