@@ -44,7 +44,7 @@ class Blocks(nn.Module):
 
 def read_into(net: Blocks, saved: dict[str, Tensor], prefixes: list[str], path) -> Blocks:
     """Copy a published file into net and return it in eval mode. In the file, block i's tensors
-    have the same names as ours, after prefixes[i]. Raises ValueError if it holds another network."""
+    have the same names as ours, after prefixes[i]. Raises ValueError if it is another network's."""
     ours = {}                                                        # the file's name -> ours
     for i, (prefix, block) in enumerate(zip(prefixes, net.blocks, strict=True)):
         for key in block.state_dict():
