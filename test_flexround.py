@@ -470,7 +470,7 @@ def test_search_is_never_worse_than_min_max_and_close_to_the_best(symmetric, per
         W = weight((8, 60), seed)
         W[3, 7] *= 6                                                 # an outlier
         rows, widest, z_widest = min_max(W, bits, symmetric, per_channel)
-        found = flexround.search_range(W, bits, symmetric, per_channel, p)
+        found = flexround.grid_from_weights(W, bits, symmetric, per_channel, p)
         log_s1, z = (t.reshape(-1, 1) for t in found)
         found = lp_error(rows, log_s1.exp().numpy(), z.numpy(), bits, symmetric, p)
         assert (found <= lp_error(rows, widest, z_widest, bits, symmetric, p) * (1 + 1e-9)).all()
@@ -492,7 +492,7 @@ def test_an_asymmetric_range_holds_zero_and_shrinks_each_end_alone():
         assert (q(W) - W).abs().max() < 0.2                          # steps of 4 / 15
     W = weight((1, 500))
     W[0, 0] = 30
-    log_s1, z = flexround.search_range(W, 4, symmetric=False, p=1.0)
+    log_s1, z = flexround.grid_from_weights(W, 4, symmetric=False, p=1.0)
     rows, widest, z_widest = min_max(W, 4, False, False)
     together = np.min([lp_error(rows, widest * f, z_widest, 4, False, 1.0)
                        for f in np.linspace(0.02, 1, 2000)])
@@ -535,7 +535,7 @@ def test_a_start_on_outputs_is_close_to_the_best(kind, symmetric, per_channel):
     W, twin = layer.weight.detach(), copy.deepcopy(layer)
     xs = [correlated(40, *alone.shape[1:]).double() + 1, correlated(9, *alone.shape[1:]).double()]
     found = [t.exp() if t.is_floating_point() else t for t in
-             flexround.search_outputs(layer, xs, 3, symmetric, per_channel)]
+             flexround.grid_from_outputs(layer, xs, 3, symmetric, per_channel)]
     q = RoundToNearest(W, 3, symmetric, per_channel)
     assert found[0].shape == q.s1.shape and found[1].dtype == torch.int32
     _, widest, z_widest = min_max(W, 3, symmetric, per_channel)
@@ -553,8 +553,8 @@ def test_a_start_on_outputs_is_that_on_weights_where_each_input_reaches_one_weig
         kind, symmetric, per_channel):
     """White inputs tell nothing of which weights matter, so that both searches have to agree."""
     layer, x = layer_for(kind)
-    ours = flexround.search_outputs(layer, [x], 3, symmetric, per_channel)
-    theirs = flexround.search_range(layer.weight, 3, symmetric, per_channel, p=2.0)
+    ours = flexround.grid_from_outputs(layer, [x], 3, symmetric, per_channel)
+    theirs = flexround.grid_from_weights(layer.weight, 3, symmetric, per_channel, p=2.0)
     torch.testing.assert_close(ours, theirs)
 
 

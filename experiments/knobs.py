@@ -168,7 +168,7 @@ def place_inputs(place: str, data, networks=models.NETWORKS):
     for i, block in enumerate(task.net.blocks[:max(chosen) + 1]):
         if i in chosen:
             found.append((block, x[:count], x[count:]))
-        x = reconstruct.run(block, x, 32, "cpu", "cpu")
+        x = reconstruct.outputs_of(block, x, 32, "cpu", "cpu")
     return found, task.batch_size
 
 
@@ -180,7 +180,7 @@ def one_run(job) -> dict:
                                   iterations=iterations, **settings)
     calibration, unseen, kept, began = [], [], [], time.perf_counter()
     for block, x, x_unseen in blocks:
-        y = reconstruct.run(block, x_unseen, batch_size, "cpu", "cpu")
+        y = reconstruct.outputs_of(block, x_unseen, batch_size, "cpu", "cpu")
         hat = copy.deepcopy(block)
         try:
             report, = quantize_model([hat], x, config, show=False)

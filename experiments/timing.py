@@ -20,7 +20,14 @@ from torch import Tensor, nn
 import models
 from experiments.tools import peak_memory
 from flexround import quantizable_layers, quantize_layers, quantizers
-from reconstruct import ReconstructionConfig, device_of, evaluate, make_iteration, recorded, run
+from reconstruct import (
+    ReconstructionConfig,
+    device_of,
+    evaluate,
+    make_iteration,
+    outputs_of,
+    recorded,
+)
 
 
 def time_block(block: nn.Module, x: Tensor, config: ReconstructionConfig, rounds: int = 20
@@ -40,7 +47,7 @@ def time_block(block: nn.Module, x: Tensor, config: ReconstructionConfig, rounds
     """
     device = device_of([block])
     cuda = device.type == "cuda"
-    y = run(block.eval(), x, config.batch_size, device, device)
+    y = outputs_of(block.eval(), x, config.batch_size, device, device)
     plain, hat = (copy.deepcopy(block).requires_grad_(False) for _ in range(2))
     weights = [layer.weight.requires_grad_() for layer in quantizable_layers(plain).values()]
     batch, G = x[:config.batch_size].clone(), torch.randn_like(y[:config.batch_size])
@@ -94,7 +101,7 @@ def rows(device: str, rounds: int = 20) -> Iterator[str]:
         x = x.to(device)
         for i, block in enumerate(models.fold_batchnorm(net).to(device).blocks):
             todo.append((f"{name}, block {i}", block, x, config))
-            x = run(block, x, 32, device, device)
+            x = outputs_of(block, x, 32, device, device)
 
     add("ResNet-20", models.ResNet(), torch.randn(256, 3, 32, 32))
     length = 1024 if cuda else 256

@@ -1,0 +1,331 @@
+"""The step or the rule? A two-way table: how s1 is set, and which rule then rounds.
+
+    python -m experiments.steps                                            the tables
+    python -m experiments.steps --out mine.jsonl --network gpt             make the runs again
+
+Each row of the table is a way to set the step size s1, each column a rule. Some rules keep s1 fixed
+(round to nearest, AdaRound, and AdaQuant and FlexRound without their learned s1), others learn it
+from there (AdaQuant, FlexRound, and AdaRound with an outer step of its own).
+
+For each cell we try three learning rates: the one that experiments/knobs.py found for the method, a
+quarter of it, and four times as much. The first seed decides, by the loss on inputs that no rule
+has learned from. The other seeds are run with that learning rate. No test data are used for it.
+"""
+import argparse
+import copy
+import math
+import os
+import platform
+import statistics
+import sys
+import time
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+import flexround
+import reconstruct
+from experiments import studies
+from flexround import METHODS
+from reconstruct import ReconstructionConfig
+
+HERE = Path(__file__).parent / "steps.jsonl"
+
+
+# ---- Rules that differ from the paper's in what becomes of s1 ------------------------------------
+
+class FixedAdaQuant(flexround.AdaQuant):
+    """AdaQuant that keeps the initial s1."""
+
+    learns_s1 = False
+
+
+class FixedFlexRound(flexround.FlexRound):
+    """FlexRound that keeps the initial s1: the first ablation of the paper's Table 1."""
+
+    def __init__(self, *args, **settings):
+        super().__init__(*args, **settings | {"learn_s1": False})
+
+
+class OuterAdaRound(flexround.AdaRound):
+    """AdaRound with a learned outer step: W_hat = s1 * (floor(W / s0) + h(V)).
+
+    This is the idea of Genie-M (arXiv:2212.04780). s0 is the initial s1. It stays, because it
+    defines what up and down are.
+    """
+
+    learns_s1 = True
+
+    def __init__(self, *args, **settings):
+        super().__init__(*args, **settings)
+        self.register_buffer("log_s0", self.log_s1.detach().clone())
+
+    def integers(self, W, soft: bool = False):
+        up = self.h() if soft else (self.V >= 0).to(W.dtype)
+        down = torch.floor(W / self.log_s0.exp())
+        return flexround.Clamp.apply(down + up, *self.bounds)
+
+
+METHODS |= {"adaquant-fixed": FixedAdaQuant, "flexround-fixed": FixedFlexRound,
+            "adaround-outer": OuterAdaRound}
+FIXED = {"rtn": "round to nearest", "adaround": "AdaRound", "adaquant-fixed": "AdaQuant, s1 fixed",
+         "flexround-fixed": "FlexRound, s1 fixed"}
+LEARNED = {"adaround-outer": "AdaRound, outer step learned", "adaquant": "AdaQuant, s1 learned",
+           "flexround": "FlexRound, s1 learned"}
+
+
+# ---- How s1 is set -------------------------------------------------------------------------------
+
+STARTS = {"weights, p = 0.5": {"p": 0.5}, "weights, p = 1": {"p": 1.0},
+          "weights, p = 2": {"p": 2.0}, "outputs": {"start": "outputs"}}
+BEST = "best of these four"              # for each block the start with the least unseen loss
+TAKEN = {"FlexRound's learned s1": "flexround", "AdaQuant's learned s1": "adaquant"}
+ROWS = (*STARTS, BEST, *TAKEN)
+
+
+class Place(NamedTuple):
+    """A network of the table, and what experiments/knobs.py found for its methods."""
+
+    run: studies.Run                     # network, spread and number of inputs
+    settings: dict                       # of ReconstructionConfig, for all methods
+    methods: dict[str, dict]             # of ReconstructionConfig, for each method
+    start: str = "outputs"               # where the two learned s1 of TAKEN begin
+
+
+def place_of(network, method_settings, spread=1, samples=None, start="outputs", **settings):
+    """A Place for a network, with the size of its batches."""
+    config = ReconstructionConfig(batch_size=studies.BATCHES.get(network, 32))
+    methods = {method: {k: v for k, v in own[0].items() if k in ("lr", "s1_lr", "reg_weight")}
+               for method, own in method_settings.items()}
+    return Place(studies.Run(network, config, spread, samples=samples), settings, methods, start)
+
+
+RESNET20 = {"adaround": [{"lr": 0.3, "reg_weight": 1e5}], "adaquant": [{"lr": 1e-3, "s1_lr": 1e-3}],
+            "flexround": [{"lr": 3.2e-2, "s1_lr": 8e-3}]}
+PLACES = {
+    "resnet, channels x 16": place_of("resnet", studies.UNEQUAL, 16, bits=2, iterations=250,
+                                      start="weights, p = 0.5"),
+    "gpt": place_of("gpt", studies.THREE, bits=2, iterations=250),
+    "mobilenet": place_of("mobilenet", studies.THREE, bits=2, iterations=250),
+    "resnet20": place_of("resnet20", RESNET20, samples=256, bits=3, iterations=250),
+    "minilm": place_of("minilm", studies.MINILM, samples=128, bits=3, iterations=60, end_bits=None,
+                       start="weights, p = 2"),
+    "lite0": place_of("lite0", studies.LITE, samples=256, bits=4, iterations=250),
+}
+OUTER_LR = 3.2e-2                        # learning rate of AdaRound's outer step: times FACTORS
+FACTORS = (1, 0.25, 4)
+
+
+def config_of(place: Place, rule: str, factor: float, seed: int) -> ReconstructionConfig:
+    """The configuration of a rule. factor multiplies the learning rate that is searched."""
+    own = dict(place.methods.get(rule.partition("-")[0], {}))
+    if rule == "adaround-outer":
+        own["s1_lr"] = OUTER_LR * factor
+    elif "lr" in own:
+        own["lr"] *= factor
+    elif rule != "rtn":
+        own["lr"] = METHODS[rule].default_lr * factor
+    return replace(place.run.config, method=rule, seed=seed, **place.settings, **own)
+
+
+def place_quantizers(block: nn.Module, config: ReconstructionConfig, bits: dict[str, int], x,
+                     grids: dict | None) -> None:
+    """Put quantizers on a block: on the grids that we pass, or (None) on those of config.start."""
+    if grids is None:
+        skip = {name for name, _ in block.named_modules() if name not in bits}
+        flexround.quantize_layers(block, config, bits, skip, x)
+        return
+    for name, layer in flexround.quantizable_layers(block).items():
+        q = METHODS[config.method](layer.weight, bits[name], grid=grids[name])
+        parametrize.register_parametrization(layer, "weight", q)
+
+
+def quantize(blocks, x, unseen, config: ReconstructionConfig, starts: list[dict],
+             grids: list | None) -> list[float]:
+    """reconstruct.one_pass with one more loop inside: of several starts each block keeps the one
+    with the least loss on unseen inputs. Returns these losses, one for each block."""
+    losses = []
+    bits = reconstruct.bits_of_layers(blocks, config.bits, config.end_bits)
+    x_fp = x_q = x
+    u_fp = u_q = unseen
+
+    def run(block, x):
+        return reconstruct.outputs_of(block, x, config.batch_size, "cpu", "cpu")
+
+    for i, block in enumerate(blocks):
+        y_fp, v_fp = run(block, x_fp), run(block, u_fp)
+        if bits[i]:
+            tried = []
+            for start in starts:
+                hat, own = copy.deepcopy(block), replace(config, **start)
+                place_quantizers(hat, own, bits[i], x_fp[:reconstruct.START_INPUTS],
+                                 grids and grids[i])
+                reconstruct.reconstruct_block(hat, x_q, y_fp, own, x_fp, i)
+                tried.append((reconstruct.evaluate(hat, u_q, v_fp, own), hat))
+            loss, blocks[i] = min(tried, key=lambda pair: pair[0])
+            losses.append(loss)
+        x_fp, x_q = y_fp, run(blocks[i], x_q)
+        u_fp, u_q = v_fp, run(blocks[i], u_q)
+    return losses
+
+
+# ---- One cell ------------------------------------------------------------------------------------
+
+def one_run(name: str, row: str, rule: str, factor: float, seed: int, folder: Path,
+            options: dict) -> dict:
+    """Make one run and return its record. The learned s1 of AdaQuant and FlexRound are kept in
+    folder, for the rows that take them."""
+    place = PLACES[name]
+    config = config_of(place, rule, factor, seed)
+    load = place.run._replace(config=config)
+    count = load.samples or len(studies.load(load, **options).calibration)
+    task = studies.load(load, **options, samples=2 * count)
+    kept = folder / f"{name.replace(' ', '-')}-{TAKEN.get(row, rule)}-{seed}.pt"
+    grids = torch.load(kept) if row in TAKEN else None
+    starts = [{}] if row in TAKEN else [STARTS[row]] if row in STARTS else list(STARTS.values())
+    began = time.perf_counter()
+    losses = quantize(task.net.blocks, task.calibration[:count], task.calibration[count:], config,
+                      starts, grids)
+    seconds = time.perf_counter() - began
+    with parametrize.cached():                                       # quantize each weight once
+        score = task.score(task.net)
+    if rule in TAKEN.values() and row == place.start and factor == 1:
+        torch.save([{layer: (q.log_s1.detach(), q.zero_point)
+                     for layer, q in flexround.quantizers(block).items()}
+                    for block in task.net.blocks], kept)
+    right = getattr(task.score, "right", None)                       # of each input
+    return {"network": name, "step": row, "rule": rule, "factor": factor, "seed": seed,
+            "bits": config.bits, "lr": config.lr, "s1_lr": config.s1_lr,
+            "iterations": config.iterations, "score": round(score, 6), "unseen": losses,
+            "accuracy": "accuracy" in task.about, "seconds": round(seconds, 1),
+            "machine": f"{platform.machine()}, torch {torch.__version__}",
+            **({} if right is None else {"right": np.packbits(right).tobytes().hex()})}
+
+
+def key_of(record: dict) -> tuple:
+    """What a run is, as one_run takes it."""
+    return tuple(record[k] for k in ("network", "step", "rule", "factor", "seed"))
+
+
+def cell_of(held: list[dict], name: str, row: str, rule: str) -> list[dict]:
+    """The runs of a cell, one for each seed, at the learning rate that the first seed chose."""
+    runs = [r for r in held if (r["network"], r["step"], r["rule"]) == (name, row, rule)]
+    first = [r for r in runs if r["seed"] == 0]
+    if not first:
+        return []
+    # All losses are positive, so the sum of logarithms orders the geometric means.
+    chosen = min(first, key=lambda r: sum(math.log(loss) for loss in r["unseen"]))
+    return [r for r in runs if r["factor"] == chosen["factor"]]
+
+
+def make(out: Path, name: str, rows, rules, seeds, factors, options) -> None:
+    """Make the runs of one network that the file `out` does not hold yet, and add them to it."""
+    torch.set_num_threads(1)
+    folder = out.parent / "grids"
+    folder.mkdir(parents=True, exist_ok=True)
+    began = time.perf_counter()
+
+    def run(row, rule, factor, seed):
+        if (name, row, rule, factor, seed) in map(key_of, studies.read_results(out)):
+            return
+        record = one_run(name, row, rule, factor, seed, folder, options)
+        studies.append_result(out, record)
+        print(f"{name}, {row}, {rule} x {factor}, seed {seed}: {record['score']:.2f}, "
+              f"{record['seconds']:.0f} s ({time.perf_counter() - began:.0f} s so far)", flush=True)
+
+    # First what the rows of TAKEN need, then a row at a time.
+    needed = [TAKEN[row] for row in rows if row in TAKEN]
+    for rule, seed in product(needed, seeds):
+        run(PLACES[name].start, rule, 1, seed)
+    for row, rule in product(rows, rules):
+        if rule in LEARNED and row in (BEST, *TAKEN):
+            continue                                                 # s1 is learned from a start
+        tried = (1,) if rule == "rtn" or row == BEST else factors
+        for factor in tried:
+            run(row, rule, factor, 0)
+        chosen = cell_of(studies.read_results(out), name, row, rule)[0]["factor"]
+        for seed in seeds:
+            run(row, rule, chosen, seed)
+
+
+# ---- The tables ----------------------------------------------------------------------------------
+
+def share(record: dict, held: list[dict]) -> float:
+    """What a run leaves of the loss that round to nearest has from the paper's start, on unseen
+    inputs: the geometric mean over the blocks."""
+    nearest = [r for r in held if (r["network"], r["step"], r["rule"], r["seed"]) ==
+               (record["network"], "weights, p = 2", "rtn", record["seed"])]
+    logs = [math.log(a / b) for a, b in zip(record["unseen"], nearest[0]["unseen"], strict=True)]
+    return math.exp(statistics.mean(logs))
+
+
+def table(held: list[dict], name: str) -> str:
+    """The two-way table of a network in Markdown. A cell is the median score of the seeds, and in
+    brackets their range and the median share of the loss that remains."""
+    rules = [rule for rule in FIXED | LEARNED if any(
+        (r["network"], r["rule"]) == (name, rule) for r in held)]
+    lines = [f"| {name} | " + " | ".join((FIXED | LEARNED)[rule] for rule in rules) + " |",
+             "|---" * (1 + len(rules)) + "|"]
+    for row in ROWS:
+        cells = []
+        for rule in rules:
+            runs = cell_of(held, name, row, rule)
+            if not runs:
+                cells.append("")
+                continue
+            scores = [r["score"] for r in runs]
+            spread = f"{min(scores):.2f} to {max(scores):.2f}; " if len(runs) > 1 else ""
+            left = statistics.median(share(r, held) for r in runs)
+            cells.append(f"{statistics.median(scores):.2f} ({spread}{left:.2f})")
+        if any(cells):
+            lines.append(f"| {row} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def explained(held: list[dict], name: str, rows=None) -> str:
+    """How much of the variance of the learned, fixed-step cells the step explains, how much the
+    rule, and how much neither alone (two-way analysis of variance of the median log share)."""
+    rules = [rule for rule in FIXED if rule != "rtn"]
+    rows = [row for row in rows or ROWS if all(cell_of(held, name, row, rule) for rule in rules)]
+    cells = np.array([[statistics.median(math.log(share(r, held)) for r in
+                                         cell_of(held, name, row, rule)) for rule in rules]
+                      for row in rows])
+    step = len(rules) * ((cells.mean(1) - cells.mean()) ** 2).sum()
+    rule = len(rows) * ((cells.mean(0) - cells.mean()) ** 2).sum()
+    total = ((cells - cells.mean()) ** 2).sum()
+    return (f"{name}: of the variance of the logarithm of what remains, over {len(rows)} steps and "
+            f"{len(rules)} rules with s1 fixed, the step explains {step / total:.0%}, the rule "
+            f"{rule / total:.0%}, neither alone {1 - (step + rule) / total:.0%}")
+
+
+def main(arguments=None) -> None:
+    flags = argparse.ArgumentParser(prog="python -m experiments.steps")
+    add = flags.add_argument
+    add("--out", type=Path, metavar="FILE", help="add the runs to this file, and continue it")
+    add("--network", choices=PLACES, default="gpt", help="the network to run")
+    add("--step", nargs="+", choices=ROWS, default=ROWS, help="rows to run")
+    add("--rule", nargs="+", choices=FIXED | LEARNED, default=[*FIXED, *LEARNED])
+    add("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    add("--factors", nargs="+", type=float, default=FACTORS, help="of the learning rate")
+    add("--data", help="as experiments.studies takes it")
+    args = flags.parse_args(arguments)
+    if args.out is not None:
+        os.environ.update(studies.MALLOC)
+        make(args.out, args.network, args.step, args.rule, args.seeds, args.factors,
+             {"data": args.data})
+    held = studies.read_results(args.out or HERE)
+    for name in dict.fromkeys(r["network"] for r in held):
+        print(table(held, name), "\n\n" + explained(held, name) + "\n")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError, ImportError, RuntimeError) as problem:
+        sys.exit(f"steps: {problem}")
