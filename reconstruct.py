@@ -441,7 +441,7 @@ def place_quantizers(block: nn.Module, x_q: Tensor, x_fp: Tensor, config: Recons
     gets none for its input.
     """
     device, placed = device_of([block]), []
-    # The initial grids are found on a random draw, so that the order of your inputs decides nothing.
+    # Initial grids are found on a random draw, so that the order of your inputs decides nothing.
     draw = torch.Generator().manual_seed(config.block_seed(index))
     order = torch.randperm(len(x_q), generator=draw).to(x_q.device)
     with seeded(device, config.block_seed(index)):                   # a rule may draw its start
