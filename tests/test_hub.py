@@ -1,5 +1,7 @@
 """Networks of other libraries: models.blocks_of cuts them, and what it cannot cut it refuses."""
+import copy
 import importlib
+import importlib.util
 import re
 import runpy
 import warnings
@@ -9,6 +11,8 @@ import pytest
 import torch
 from torch import nn
 
+import models
+from experiments import pretrained
 from experiments.integers import load_quantized, save_quantized
 from flexround import fold, quantizable_layers
 from models import blocks_of, first_tensor, fold_batchnorm
@@ -307,6 +311,53 @@ def test_a_layer_that_runs_in_two_pieces_is_refused_before_any_work():
     net.layers[2].linear = net.layers[0].linear
     with pytest.raises(ValueError, match="is in an earlier block as well"):
         quantize_model(blocks_of(net, x, net.layers), x, CONFIG, show=False)
+
+
+# ---- The command line for published networks ----------------------------------------------------
+
+@pytest.mark.parametrize("name", ["lite2", "minilm"])
+def test_the_command_says_which_layers_get_how_many_bits_and_keeps_a_file(
+        name, tmp_path, monkeypatch, capsys):
+    """After hours of work a user wants to know what was done, and to have it."""
+    torch.manual_seed(0)
+    net, x = models.MobileNet((8, 8), depth=1), images(8, 8)
+    fold_batchnorm(net, x)
+    fresh = copy.deepcopy(net)
+
+    def task(*args):
+        assert name != "lite2" or args[-1] == "lite2"
+        return models.Task(net, x, lambda net: 7.0, 4, "a test")
+
+    monkeypatch.setattr(pretrained, "lite_task", task)
+    monkeypatch.setattr(pretrained, "minilm_task", task)
+    path = tmp_path / "net.int"
+    command = f"{name} --data . --bits 3 --iterations 2 --device cpu --save {path}".split()
+    pretrained.main(command)
+    lines = capsys.readouterr().out.splitlines()
+    says = "3 bits: 9 layers from 0.conv1 to 4.linear"               # no exception of ends
+    if name == "lite2":
+        says = "8 bits: 0.conv1, 4.linear; 3 bits: 7 layers from 1.conv1 to 3.conv1"
+    assert lines[2] == says and lines[3].startswith("W3 FlexRound: 7.00")
+    assert lines[-1] == f"{path}: {path.stat().st_size:,} bytes"
+    before = fresh(x)
+    assert not torch.equal(load_quantized(fresh, path)(x), before)
+
+    with pytest.raises(ValueError, match="one method and one number of bits"):
+        pretrained.main([*command, "--method", "rtn", "adaround"])
+    with pytest.raises(FileNotFoundError, match="there is no such folder"):
+        pretrained.main([*command, "--save", str(tmp_path / "no" / "net.int")])
+
+
+def test_the_command_keeps_onnx_by_the_files_ending(tmp_path, monkeypatch, capsys):
+    for needed in ("onnx", "onnxscript", "experiments.onnx_file"):
+        pytest.importorskip(needed)
+    net, x = models.MobileNet((8, 8), depth=1), images(8, 8)
+    task = models.Task(fold_batchnorm(net, x), x, lambda net: 7.0, 4, "a test")
+    monkeypatch.setattr(pretrained, "lite_task", lambda *args: task)
+    path = tmp_path / "net.onnx"
+    pretrained.main(f"lite0 --data . --method rtn --device cpu --save {path}".split())
+    assert capsys.readouterr().out.endswith(f"{path}: {path.stat().st_size:,} bytes\n")
+    importlib.import_module("onnx").checker.check_model(str(path))
 
 
 # ---- README --------------------------------------------------------------------------------------
