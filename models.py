@@ -541,7 +541,8 @@ def blocks_of(net: nn.Module, x: Tensor, layers) -> list[Piece]:
     One tensor goes from piece to piece. All else that a layer gets, for example a mask, is made
     anew in each call, from x[0]. So it may not depend on the inputs, and we refuse padding and
     skips past the layers. It also takes time: in each iteration a piece computes the stem again,
-    and what stands between the layers before it.
+    and what stands between the layers before it. On one core, a piece of ViT-Tiny took 1.0 to 1.3
+    times as long as the bare layer, of ResNet-18 about twice, of MobileNetV3 1.2 to 3 times.
 
     Args:
         net: a network that takes x. Afterwards it is in eval mode, and no parameter of it requires

@@ -164,9 +164,9 @@ NETWORKS = [
     pytest.param(lambda: (transformer(), torch.randn(6, 5, 16)), lambda net: net.layers,
                  id="nn.TransformerEncoder"),
     pytest.param(lambda: (Text(), tokens()), lambda net: net.layers, id="tuples"),
-    timm_net("resnet18", 32, lambda net: [*net.layer1, *net.layer2, *net.layer3, *net.layer4],
-             channels=(8, 8, 16, 16)),
-    timm_net("mobilenetv3_small_050", 32, lambda net: net.blocks),
+    timm_net("resnet18", 32, lambda net: [net.conv1, *net.layer1, *net.layer2, *net.layer3,
+                                          *net.layer4], channels=(8, 8, 16, 16)),
+    timm_net("test_efficientnet", 32, lambda net: blocks_in(net.blocks)),
     timm_net("vit_tiny_patch16_224", 32, lambda net: net.blocks, img_size=32, depth=2,
              embed_dim=48),
     timm_net("convnext_atto", 32, lambda net: blocks_in(stage.blocks for stage in net.stages),
@@ -363,11 +363,12 @@ def test_the_command_keeps_onnx_by_the_files_ending(tmp_path, monkeypatch, capsy
 # ---- README --------------------------------------------------------------------------------------
 
 def test_the_readmes_network_from_timm_prints_what_it_says(tmp_path, monkeypatch, capsys):
-    """A reader copies it first. test_flexround.py runs the blocks that need torch alone."""
+    """A reader copies it first. It is a block of "py", because test_flexround.py runs those of
+    "python", which need torch alone."""
     readme = (HERE / "README.md").read_text(encoding="utf-8")
-    found = re.search(r"```python timm\n(.*?)```\n\n```\n(.*?)```", readme, re.S)
+    found = re.search(r"<!-- timm -->\n```py\n(.*?)```\n\n```\n(.*?)```", readme, re.S)
     if found is None:
-        pytest.skip("README has no block marked as python timm")
+        pytest.skip("README has no block that is marked by <!-- timm -->")
     package("timm")
     code, said = found.groups()
     (tmp_path / "own.py").write_text(code)
