@@ -591,9 +591,10 @@ def main(arguments=None) -> None:
                for bits in args.bits for method in args.method]      # an error comes before work
     print(f"{args.name}: {task.about}\nin full precision "
           f"{task.score(task.net.to(args.device)):.2f}", flush=True)
+    for bits in args.bits:
+        print(who_gets(task.net.blocks, bits, end_bits), flush=True)
     for config in configs:
         task.net.cpu()                                               # a block at a time is moved
-        print(who_gets(task.net.blocks, config.bits, end_bits), flush=True)
         began = time.perf_counter()
         quantize_model(task.net.blocks, task.calibration, config)
         seconds = time.perf_counter() - began
