@@ -35,6 +35,7 @@ Scores are without TF32, and their iterations are recorded as CUDA graphs.
 #     $get -d cache/gpu/jupyter nbclient ipykernel
 import argparse
 import json
+import re
 import subprocess
 import sys
 import time
@@ -165,8 +166,8 @@ PARTS = {part.__name__: part for part in (tests, iterations, lite0, resnet20, no
 # ---- The tables, and the command line ------------------------------------------------------------
 
 def eager_and_recorded(held: list[dict]) -> dict:
-    """{(precision, block): {recorded: (floor, iteration, ratio)}} of the part iterations, where both
-    were measured. Times are in microseconds, as the rows write them."""
+    """{(precision, block): {recorded: (floor, iteration, ratio)}} of the part iterations, where
+    both were measured. Times are in microseconds, as the rows write them."""
     found = {}
     for row in held:
         if row["part"] == "iterations" and row["result"].count(", ") >= 4:
@@ -204,10 +205,30 @@ def ranges(held: list[dict]) -> str:
         eager, recorded = ([int(own[i][1].replace(",", "")) for own in blocks]
                            for i in (False, True))
         ratio, faster = [float(own[True][2]) for own in blocks], [gain(own) for own in blocks]
-        cells = [f"{min(seen):{form}}" if len(blocks) == 1 else
-                 f"{min(seen):{form}} to {max(seen):{form}}" for seen, form in (
-                     (eager, ","), (recorded, ","), (ratio, ".2f"), (faster, ".1f"))]
+        cells = []
+        for seen, form in ((eager, ","), (recorded, ","), (ratio, ".2f"), (faster, ".1f")):
+            ends = dict.fromkeys(f"{end(seen):{form}}" for end in (min, max))
+            cells.append(" to ".join(ends))                          # one number if they are equal
         lines.append(f"| {precision} | {network} | {len(blocks)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def scores(held: list[dict]) -> str:
+    """The scores as a Markdown table: a row for each network, its bits and its iterations."""
+    found = {}
+    for row in held:
+        match = re.fullmatch(r"(\S+) (W\d) (\w+) seed 0, (\d+) iterations", row["what"])
+        score, of, full = row["result"].partition(" of ")
+        if match and of:
+            network, bits, method, iterations = match.groups()
+            found[network, bits, full, iterations, method] = score
+    methods = ("rtn", "adaround", "adaquant", "flexround")
+    lines = ["| network | bits | full precision | iterations | "
+             + " | ".join(studies.NAMES[m] for m in methods) + " |", "|---" * 8 + "|"]
+    for key in dict.fromkeys(key[:4] for key in found if key[4] != "rtn"):
+        nearest = found[(*key[:3], "1", "rtn")]                       # it has no iterations
+        cells = [nearest, *(found.get((*key, m), "") for m in methods[1:])]
+        lines.append(f"| {' | '.join((*key, *cells))} |")
     return "\n".join(lines)
 
 
