@@ -178,10 +178,14 @@ def eager_and_recorded(held: list[dict]) -> dict:
     return {key: own for key, own in found.items() if len(own) == 2}
 
 
+def microseconds(own: dict, recorded: bool) -> int:
+    """The time of an iteration, eager or recorded."""
+    return int(own[recorded][1].replace(",", ""))
+
+
 def gain(own: dict) -> float:
     """How many times as fast a recorded iteration is."""
-    eager, recorded = (float(own[i][1].replace(",", "")) for i in (False, True))
-    return eager / recorded
+    return microseconds(own, False) / microseconds(own, True)
 
 
 def times(held: list[dict]) -> str:
@@ -202,8 +206,8 @@ def ranges(held: list[dict]) -> str:
     lines = ["| precision | network | blocks | iteration | recorded iteration | "
              "recorded by its floor | eager by recorded |", "|---" * 7 + "|"]
     for (precision, network), blocks in networks.items():
-        eager, recorded = ([int(own[i][1].replace(",", "")) for own in blocks]
-                           for i in (False, True))
+        eager = [microseconds(own, False) for own in blocks]
+        recorded = [microseconds(own, True) for own in blocks]
         ratio, faster = [float(own[True][2]) for own in blocks], [gain(own) for own in blocks]
         cells = []
         for seen, form in ((eager, ","), (recorded, ","), (ratio, ".2f"), (faster, ".1f")):
