@@ -28,10 +28,13 @@ WAYS = ("plain", "optimised", "exact biases")
 
 
 class InRuntime(nn.Module):
-    """A file of ONNX that takes and returns tensors, on one thread."""
+    """A file of ONNX that takes and returns tensors, on one thread. A task's score reads a
+    parameter's device, and of a GPT its context."""
 
-    def __init__(self, path, way: str = "optimised"):
+    def __init__(self, path, net: nn.Module, way: str = "optimised"):
         super().__init__()
+        self.place = nn.Parameter(torch.zeros(()))
+        self.context = getattr(net, "context", None)
         runtime = need("onnxruntime")
         options = runtime.SessionOptions()
         options.intra_op_num_threads = 1
@@ -40,16 +43,14 @@ class InRuntime(nn.Module):
             options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
         off = ["WeightBiasQuantization"] if way == "exact biases" else []
         self.session = runtime.InferenceSession(path, options, disabled_optimizers=off)
-        self.device_of_scores = nn.Parameter(torch.zeros(()))        # a score asks a parameter
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.from_numpy(self.session.run(None, {"x": x.numpy()})[0])
 
 
 def milliseconds(nets: dict[str, nn.Module], x: Tensor, rounds: int) -> dict[str, float]:
-    """Milliseconds of CPU time for each input of x: medians of rounds, in each of which all nets run
-    in turn. On one thread CPU time is what a quiet machine's clock would say, and on a busy one it
-    leaves out the waiting."""
+    """Milliseconds of CPU time for each input of x: medians of rounds, in which all nets run in
+    turn. There is one thread, so this is the time it takes, less the waiting for other programs."""
     taken = {name: [] for name in nets}
     for i in range(rounds + 1):
         for name, net in nets.items():
@@ -72,7 +73,7 @@ def study(name: str, task: models.Task, config: ReconstructionConfig, rounds: in
         with torch.enable_grad():
             quantize_model(task.net.blocks, task.calibration, config)
         save_onnx(task.net, x, file)
-        nets = {way: InRuntime(file, way) for way in WAYS}
+        nets = {way: InRuntime(file, task.net, way) for way in WAYS}
         row = {"network": name, "bits": config.bits, "abits": config.abits,
                "method": config.method, "iterations": config.iterations,
                "per_channel": config.per_channel, "torch": torch.__version__,
@@ -86,7 +87,7 @@ def study(name: str, task: models.Task, config: ReconstructionConfig, rounds: in
             row[way] = {"score": task.score(net), "off": float((ours - y).abs().max()),
                         "median_off": float((ours - y).abs().median()),
                         "other_argmax": float((ours.argmax(-1) != y.argmax(-1)).double().mean())}
-        nets["float"] = InRuntime(float_file)
+        nets["float"] = InRuntime(float_file, task.net)
         row["float"] = {"score": task.score(nets["float"])}
         for count in (1, 32):
             for way, took in milliseconds(nets, x[:count], rounds).items():
