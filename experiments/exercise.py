@@ -142,7 +142,7 @@ class Results:
         failed = [report for report in reports if not report.passed]
         good = bool(reports) and not failed
         word = "passed" if good else "FAILED"
-        print(f"{word} {len(reports) - len(failed)} of {len(reports)}: {name}")
+        print(f"{word} ({len(reports) - len(failed)} of {len(reports)} cases pass): {name}")
         print(textwrap.fill(self.docs.get(name, "It did not run."), 96, initial_indent="    ",
                             subsequent_indent="    "))
         if failed:
@@ -170,7 +170,7 @@ def grade(path: Path) -> bool:
               for name in exercise.tests + exercise.bonus]
     results = Results()
     with redirect_stdout(io.StringIO()):                             # we say it in our own words
-        pytest.main([f"--rootdir={ROOT}", "-p", "no:cacheprovider",
+        pytest.main([f"--rootdir={ROOT}", "-p", "no:cacheprovider", "--tb=short",
                      *(f"{ROOT}/{place}" for place in places)], [results])
     print(*results.broken, sep="\n")
     names = [place.split("::")[1] for place in places]
@@ -184,7 +184,7 @@ def grade(path: Path) -> bool:
 
 def main(argument: str) -> None:
     if not argument.isdigit():
-        sys.exit(not grade(Path(argument)))
+        sys.exit(0 if grade(Path(argument)) else 1)
     number, mine = int(argument), Path("mine.py")
     if number not in EXERCISES:
         raise ValueError(f"exercise {number}: a number from 1 to {len(EXERCISES)} is allowed")
