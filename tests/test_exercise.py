@@ -28,6 +28,9 @@ def test_a_blank_holds_the_hint_and_not_the_answer(number):
         answer = ast.get_source_segment(source, find(before, name).body[-1])
         assert source.count(answer) == text.count(answer) + 1
         assert isinstance(find(after, name).body[-1], ast.Raise)
+    for place in exercise.tests + exercise.bonus:
+        file, _, name = place.rpartition("::")
+        assert f"def {name}(" in (ROOT / (file or "test_flexround.py")).read_text(encoding="utf-8")
     for name, docstring in exercise.docs.items():
         assert docstring == ast.get_docstring(find(after, name)) != ast.get_docstring(
             find(before, name))
