@@ -8,6 +8,7 @@ A blank is cut out of the source by its name, so it is always that of today's fl
 import ast
 import importlib.util
 import io
+import linecache
 import os
 import re
 import sys
@@ -148,9 +149,12 @@ class Results:
                             subsequent_indent="    "))
         if failed:
             crash = failed[0].longrepr.reprcrash
-            said = [line for line in crash.message.splitlines() if line.strip()][:6]
-            print(textwrap.indent("\n".join(said), "    > "))
-            print(f"    > in {Path(crash.path).name}, line {crash.lineno}")
+            line = linecache.getline(crash.path, crash.lineno).strip()
+            print(f"    > {Path(crash.path).name}, line {crash.lineno}: {line}")
+            said = [line for line in crash.message.splitlines() if line.strip()]
+            for line in said[:5]:
+                if not line.startswith(" + "):                       # long: how pytest got there
+                    print(f"    > {line[:90]}")
         return good
 
 
@@ -174,7 +178,7 @@ def grade(path: Path) -> bool:
     with redirect_stdout(io.StringIO()):                             # we say it in our own words
         pytest.main([f"--rootdir={ROOT}", "-p", "no:cacheprovider", "--tb=native",
                      *(f"{ROOT}/{place}" for place in places)], [results])
-    print(*results.broken, sep="\n")
+    print(f"Exercise {first[1]}, {asked(int(first[1]))[0]}", *results.broken, "", sep="\n")
     names = [place.split("::")[1] for place in places]
     good = [results.passed(name) for name in names[:len(exercise.tests)]]
     print(f"\n{sum(good)} of {len(good)} tests pass.")
