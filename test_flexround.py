@@ -401,7 +401,8 @@ def test_adaround_is_soft_in_train_mode_only_and_rounds_exact_ties_up(monkeypatc
     torch.testing.assert_close(q(W), W.clamp(-4 * q.s1, 3 * q.s1))   # h is the cut-off fraction
     assert torch.equal(q.codes(W), rtn.codes(W))                     # codes are hard in any mode
     assert torch.equal(q.eval()(W), rtn(W))
-    monkeypatch.setattr(flexround, "search_range", lambda *a: (torch.zeros(()), torch.tensor(0)))
+    unit = torch.zeros(()), torch.tensor(0)                          # log_s1 and zero_point
+    monkeypatch.setattr(flexround, "grid_from_weights", lambda *args: unit)
     W = torch.tensor([[0.5, 1.5, -0.5, -1.5, 3.5, 9.0, -9.0, 0.4999999, 0.5000001, 0.0, -1e-9]])
     assert RoundToNearest(W, 3).codes(W).tolist() == [[0, 2, 0, -2, 3, 3, -4, 0, 1, 0, 0]]
     assert flexround.AdaRound(W, 3).codes(W).tolist() == [[1, 2, 0, -1, 3, 3, -4, 0, 1, 0, 0]]
