@@ -360,6 +360,23 @@ def test_adaround_learns_the_same_in_any_unit():
     assert all(torch.equal(a, b) for a, b in zip(*codes, strict=True))
 
 
+def test_a_pass_learns_only_what_it_has_placed():
+    """A layer that is called by keyword gets no LSQ. In setting B's second pass its block therefore
+    has nothing to learn. It must not learn its weights again."""
+    class ByKeyword(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.layer(input=x)
+
+    config = replace(QUICK, abits=4, end_bits=None, iterations=8)
+    with pytest.warns(UserWarning, match="so their inputs stay float: .'layer'."):
+        reports = quantize_model([nn.Linear(4, 4), ByKeyword()], correlated(16, 4), config)
+    assert [(r.index, len(r.history)) for r in reports] == [(0, 8), (1, 8), (0, 8), (1, 0)]
+
+
 def test_a_report_says_when_the_last_state_is_not_the_one_kept():
     """A rate that is too high shows in the evaluations, and the user has to see that."""
     said = {}
