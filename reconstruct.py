@@ -55,7 +55,7 @@ import multiprocessing
 import sys
 import time
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from itertools import product
 
@@ -160,11 +160,14 @@ class BlockReport:
     history: list[float]                     # of each batch, with AdaRound's regulariser
     seconds: float
     abits: dict[str, int] = field(default_factory=dict)    # of each quantized layer's input
+    largest_share: float = 0.0               # of final_loss, made by one input. 0: not looked at
 
     def __str__(self):
         line = f"loss {self.start_loss:.3g} -> {self.final_loss:.3g} in {self.seconds:.1f} s"
         done = len(self.history)
         if done > 0 and self.best_iteration == 0:
+            if self.largest_share > 0.5:
+                return f"{line}: no gain, one input makes {self.largest_share:.0%} of the loss"
             return f"{line}: no gain, try a smaller learning rate"
         if self.best_iteration < done:
             return f"{line}, kept the state after {self.best_iteration} of {done} iterations"
@@ -244,7 +247,8 @@ def make_iteration(block: nn.Module, x_q: Tensor, y_fp: Tensor, config: Reconstr
     # same others. All methods draw the same batches: no method can be better because its batches
     # were easier.
     draw = torch.Generator().manual_seed(config.block_seed(index))
-    batches = [torch.randperm(len(x_q), generator=draw)[:config.batch_size] for _ in range(total)]
+    batches = [torch.randperm(len(x_q), generator=draw, device="cpu")[:config.batch_size]
+               for _ in range(total)]
     batches = torch.stack(batches).to(x_q.device)                    # (iterations, batch)
 
     def drawn(tensor, i):
@@ -390,9 +394,12 @@ def reconstruct_block(block: nn.Module, x_q: Tensor, y_fp: Tensor, config: Recon
                 progress(done, loss)
     best_loss, best_iteration, values = best
     put_back(learned, values)
+    share = 0.0
+    if learned and best_iteration == 0:                              # why was there no gain?
+        share = largest_share(block, x_q, y_fp, config)
     return BlockReport(index, bits_in_place(quantizers(block)), evaluations[0][1], best_loss,
                        best_iteration, evaluations, history.tolist(), time.perf_counter() - began,
-                       bits_in_place(input_quantizers(block)))
+                       bits_in_place(input_quantizers(block)), share)
 
 
 # ---- A network: block after block ----------------------------------------------------------------
@@ -401,7 +408,8 @@ def bits_of_layers(blocks, bits: int, end_bits: int | None, skip=()) -> list[dic
     """Return how many bits each layer gets: for each block a dictionary from layer name to bits.
 
     The first layer of the first block and the last layer of the last block get end_bits (section
-    4 of the paper: 8), unless it is None. skip: names "<block>.<layer>" that stay float.
+    4 of the paper: 8), unless it is None. First and last are by the order in which a block defines
+    its layers, also those that stay float. skip: names "<block>.<layer>" that stay float.
     """
     layers = quantizable_layers(nn.ModuleList(blocks), skip)         # "<block>.<layer>", or
     found = [{} for _ in blocks]                                     # "<block>" for a bare layer
@@ -409,11 +417,11 @@ def bits_of_layers(blocks, bits: int, end_bits: int | None, skip=()) -> list[dic
         index, _, name = full_name.partition(".")
         found[int(index)][name] = bits
     if end_bits is not None:
-        first, last = list(found[0]), list(found[-1])
-        if first:
-            found[0][first[0]] = end_bits
-        if last:
-            found[-1][last[-1]] = end_bits
+        for block, end, own in ((blocks[0], 0, found[0]), (blocks[-1], -1, found[-1])):
+            defined = [name for name, module in block.named_modules()
+                       if isinstance(module, nn.Linear | nn.Conv2d)]
+            if defined and defined[end] in own:
+                own[defined[end]] = end_bits
     return found
 
 
@@ -428,7 +436,7 @@ def outputs_of(block: nn.Module, x: Tensor, batch_size: int, device, cache_devic
     with parametrize.cached():                                       # quantize each weight once
         for xs in x.split(batch_size):
             y = block(xs.to(device, copy=True))                      # it may work in place
-            outputs.append(y.to(cache_device))
+            outputs.append(y.to(cache_device, copy=True))            # it may own one buffer for all
     return torch.cat(outputs)
 
 
@@ -441,9 +449,9 @@ def place_quantizers(block: nn.Module, x_q: Tensor, x_fp: Tensor, config: Recons
     gets none for its input.
     """
     device, placed = device_of([block]), []
-    # The initial grids are found on a random draw, so that the order of your inputs decides nothing.
+    # Initial grids are found on a random draw, so that the order of the inputs decides nothing.
     draw = torch.Generator().manual_seed(config.block_seed(index))
-    order = torch.randperm(len(x_q), generator=draw).to(x_q.device)
+    order = torch.randperm(len(x_q), generator=draw, device="cpu").to(x_q.device)
     with seeded(device, config.block_seed(index)):                   # a rule may draw its start
         # Activations first: their step sizes start from inputs that no new W_hat has changed. The
         # first batch decides the step size, and all batches whether a sign is needed. New LSQs are
@@ -479,7 +487,7 @@ def one_pass(blocks, floats, calibration: Tensor, config: ReconstructionConfig,
 
     # Two streams of activations run through the network side by side. x_fp has seen no quantized
     # block, x_q has seen only quantized ones. Before the first block they are the same.
-    x_fp = x_q = calibration.detach().to(cache)
+    x_fp = x_q = calibration.detach().as_subclass(Tensor).to(cache)  # plain, also a MetaTensor
     for i in range(len(bits)):
         block = blocks[i]
         with moved(device, home, block, floats[i]):
@@ -532,7 +540,7 @@ def quantize_model(blocks, calibration: Tensor, config: ReconstructionConfig, sh
         FloatingPointError: a loss is not finite. On any exception that block is as before, and
             the earlier ones stay quantized.
     """
-    blocks = list(nn.ModuleList(blocks))
+    blocks = list_of(blocks, config)
     model = nn.ModuleList(blocks)
 
     # Targets come from a float network. In one pass that is the network itself, because each block
@@ -540,7 +548,7 @@ def quantize_model(blocks, calibration: Tensor, config: ReconstructionConfig, sh
     # are quantized already. Then we need a copy without its quantizers.
     floats = blocks
     if config.two_passes or quantizers(model):
-        floats = copy.deepcopy(blocks)
+        floats = copies_of(blocks)
         flexround.fold(nn.ModuleList(floats), keep=False)
 
     # Errors and warnings come before any work.
@@ -585,7 +593,10 @@ def bits_in_place(found: dict[str, nn.Module]) -> dict[str, int]:
 def check_settings(config: ReconstructionConfig) -> None:
     """Raises ValueError if a setting is not allowed, and names it."""
     def need(name, fits, allowed):
-        if not fits(getattr(config, name)):
+        good = False
+        with suppress(TypeError):                                    # "0.01" is no number
+            good = fits(getattr(config, name))
+        if not good:
             raise ValueError(f"{name} = {getattr(config, name)!r}: {allowed} is allowed")
 
     def positive(value):
@@ -637,7 +648,9 @@ def check_reconstruction(block: nn.Module, x_q: Tensor, x_fp: Tensor | None,
 def plan(blocks, floats, calibration: Tensor, config: ReconstructionConfig, skip) -> list:
     """Check and warn, and return what each pass of quantize_model quantizes: for each pass two
     lists, which hold for each block the bits of its weights and of its layers' inputs."""
-    check_network(floats, calibration, config, skip)
+    # While the blocks are float we check themselves: a copy may compute with the original's layers.
+    begun = bool(quantizers(nn.ModuleList(blocks)))
+    check_network(floats if begun else blocks, calibration, config, skip)
     warn_of_float_weights(floats, skip)
     bits = bits_of_layers(floats, config.bits, config.end_bits, skip)
     last = max(i for i, layers in enumerate(bits) if layers)         # nothing after it is run
@@ -647,20 +660,37 @@ def plan(blocks, floats, calibration: Tensor, config: ReconstructionConfig, skip
     if config.abits is not None:
         abits = bits_of_layers(floats, config.abits, config.end_bits, skip)[:last + 1]
     warn_of_end_bits(bits, config)
-    if quantizers(nn.ModuleList(blocks)):
+    if begun:
         leave_out_done(blocks, bits, abits, config)
     # weights alone; setting Q; round to nearest    one pass
     # abits in setting B                            two passes: first weights, then step sizes
     return [(bits, nothing), (nothing, abits)] if config.two_passes else [(bits, abits)]
 
 
-def check_call(calibration: Tensor) -> None:
+def list_of(blocks, config) -> list[nn.Module]:
+    """Return blocks as a list. Raises ValueError for a wrong kind of blocks or of config."""
+    if not isinstance(config, ReconstructionConfig):
+        raise ValueError(f"config is a {type(config).__name__}: a ReconstructionConfig is allowed")
+    try:
+        return list(nn.ModuleList(blocks))
+    except TypeError as problem:
+        raise ValueError(f"blocks: a list of modules is allowed ({problem})") from problem
+
+
+def check_call(calibration: Tensor, config: ReconstructionConfig, skip) -> None:
     """Raises ValueError for what would go wrong with any network."""
-    if not isinstance(calibration, Tensor):
-        raise ValueError(f"calibration is a {type(calibration).__name__}: one Tensor, (N, ...), "
-                         "is allowed")
-    if len(calibration) == 0 or not torch.isfinite(calibration).all():
+    if not isinstance(calibration, Tensor) or calibration.layout != torch.strided:
+        kind = getattr(calibration, "layout", type(calibration).__name__)
+        raise ValueError(f"calibration is a {kind}: one Tensor, (N, ...), not sparse, is allowed")
+    if calibration.dim() == 0 or len(calibration) == 0 or not torch.isfinite(calibration).all():
         raise ValueError("calibration is empty or holds NaN or infinity")
+    if isinstance(skip, str):
+        raise ValueError(f"skip = {skip!r}: a list of names is allowed")
+    for name in ("device", "cache_device"):
+        try:
+            torch.empty(0, device=getattr(config, name))
+        except (RuntimeError, AssertionError) as problem:            # torch without CUDA asserts
+            raise ValueError(f"{name} = {getattr(config, name)!r}: {problem}") from problem
     if torch.is_inference_mode_enabled():
         raise ValueError("within torch.inference_mode() nothing can be learned: leave it first")
 
@@ -668,7 +698,7 @@ def check_call(calibration: Tensor) -> None:
 def check_network(blocks, calibration: Tensor, config: ReconstructionConfig, skip=()) -> None:
     """Find what would fail, or would silently go wrong, before any work is done. blocks are float.
     Raises ValueError for what is not allowed, by block or layer."""
-    check_call(calibration)
+    check_call(calibration, config, skip)
     model = nn.ModuleList(blocks)
     modules = dict(model.named_modules())                            # a module is named only once
     known = [name for name, m in modules.items() if isinstance(m, nn.Linear | nn.Conv2d)]
@@ -677,7 +707,8 @@ def check_network(blocks, calibration: Tensor, config: ReconstructionConfig, ski
             raise ValueError(f"skip names {name!r}: the layers are {known}")
     layers = quantizable_layers(model, skip)
     if not layers:
-        raise ValueError("nothing to quantize: no block has an nn.Linear or an nn.Conv2d")
+        raise ValueError("nothing to quantize: no block has an nn.Linear or an nn.Conv2d "
+                         "(that skip does not name)")
     for name, layer in layers.items():
         flexround.check_weight(layer.weight, f"layer {name!r}: W")
     for i, block in enumerate(blocks):
@@ -687,44 +718,123 @@ def check_network(blocks, calibration: Tensor, config: ReconstructionConfig, ski
                 raise ValueError(f"layer {name!r} of block {i} is in an earlier block as well")
     learned = bits_of_layers(blocks, config.bits, None, skip)
     last = max(i for i, own in enumerate(learned) if own)            # nothing after it is run
-    x = calibration[:2].to(device_of(blocks))
+    x = calibration[:2].as_subclass(Tensor).to(device_of(blocks))
     for i, block in enumerate(blocks[:last + 1]):
-        own = list(learned[i]) if config.method != "rtn" else []
-        x = check_block(copy.deepcopy(block).eval(), x, i, own)
+        x = check_block(block, x, i, list(learned[i]), config)
 
 
-def check_block(block: nn.Module, x: Tensor, index: int, learned: list[str]) -> Tensor:
-    """Do check_network for one block, a copy, on x of one or two inputs. Returns block(x).
+def copies_of(blocks: list, first: int = 0) -> list:
+    """Return deep copies of blocks, which share what blocks share. Raises ValueError that names the
+    block that cannot be copied. first: the place of the first one in the network."""
+    copies, memo = [], {}
+    for i, block in enumerate(blocks, first):
+        try:
+            copies.append(copy.deepcopy(block, memo))
+        except Exception as problem:                                 # of many kinds
+            raise ValueError(f"block {i}, a {type(block).__name__}, cannot be copied (if it keeps "
+                             f"its output, run it within torch.no_grad() only): {problem}"
+                             ) from problem
+    return copies
 
-    We run it on the first input, on both, and on the first again. Its output for the first has to
-    be the same each time, because we cut batches along dim 0 and draw them at random. And a
-    gradient has to reach at least one of the layers that are learned.
+
+def size_of(y: Tensor) -> Tensor:
+    """Return how large the numbers are that an element of y is one of: the largest in its channel
+    or at its position, whichever is less. One channel of 3,000 says nothing of the others."""
+    size = y.abs().max()
+    for dim in range(1, y.dim()):
+        others = [d for d in range(y.dim()) if d != dim]
+        size = torch.minimum(size, y.abs().amax(others, keepdim=True))
+    return size + y.abs().max() / 100                                # rounding errors of the large
+
+
+def check_block(block: nn.Module, x: Tensor, index: int, layers: list[str],
+                config: ReconstructionConfig) -> Tensor:
+    """Do check_network for one block, on x of one or two inputs. Returns block(x).
+
+    We run a copy on the first input, on both, and on the first again. Its output for the first has
+    to be the same each time, because we cut batches along dim 0 and draw them at random. The copy
+    has to compute with its own layers, and these may not change their weights.
     """
+    name = f"block {index}, a {type(block).__name__}"
+    twin, = copies_of([block], index)
+    twin.eval()
+
+    def call(x):
+        try:
+            return twin(x.clone())
+        except Exception as problem:                                 # of many kinds
+            raise ValueError(f"{name}, cannot be called with one tensor {tuple(x.shape)}: "
+                             f"{problem}") from problem
+
     with torch.no_grad():
-        y = block(x[:1].clone())
+        y = call(x[:1])
         if not isinstance(y, Tensor) or y.shape[:1] != (1,) or not torch.isfinite(y).all():
             raise ValueError(f"block {index} returns {type(y).__name__} {getattr(y, 'shape', '')}: "
                              "for one input a finite tensor with one row is needed")
-        both = block(x.clone())
-        again = block(x[:1].clone())
+        y = y.clone()                                                # it may be one buffer for all
+        both = call(x).clone()
+        again = call(x[:1])
     eps = torch.finfo(y.dtype).eps if y.is_floating_point() else 0.0
-    noise = eps ** 0.5 * y.abs().max()                               # kernels depend on the shape
-    alike = both.shape[:1] == x.shape[:1] and (both[:1] - y).abs().max() <= noise
-    if not alike or (again - y).abs().max() > noise:
+    noise = eps ** 0.5 * size_of(both)                               # kernels depend on the shape
+    alike = both.shape[:1] == x.shape[:1] and ((both[:1] - y).abs() <= noise).all()
+    if not alike or not ((again - y).abs() <= noise).all():
         raise ValueError(f"block {index} returns something else for an input when another one is "
                          "beside it or was there before it: dim 0 has to be the inputs (batch "
                          "first), and a block has to depend on its input alone, row by row")
-    if learned:
-        weights = [block.get_submodule(name).weight.requires_grad_() for name in learned]
-        with torch.enable_grad():
-            y = block(x[:1].clone())
-        reached = [None]
-        if y.requires_grad:
-            reached = torch.autograd.grad(y.sum(), weights, allow_unused=True)
-        if all(gradient is None for gradient in reached):
-            raise ValueError(f"block {index}: no gradient reaches its weights {learned} (no_grad, "
-                             "detach, or layers that it does not call in eval mode)")
+    if layers:
+        if config.channel_dim is not None and 1 < y.dim() <= abs(config.channel_dim):
+            raise ValueError(f"channel_dim = {config.channel_dim}: {name}, returns "
+                             f"{tuple(y.shape)}, which has no such dim besides the inputs")
+        check_gradients(block, twin, lambda: call(x[:1]), name, layers, config.method != "rtn")
+        check_weights_stay(twin, x[:1], name, layers)
     return both
+
+
+def check_gradients(block, twin, call, name: str, layers: list[str], learns: bool) -> None:
+    """Do check_block for gradients. Raises ValueError if one reaches a weight of the original, or
+    if it should learn and no gradient reaches a weight. Warns of weights without a gradient."""
+    own = [twin.get_submodule(layer).weight for layer in layers]
+    originals = [block.get_submodule(layer).weight for layer in layers]
+    before = [(W, W.requires_grad, W.grad) for W in originals]
+    for W in [*own, *originals]:
+        W.requires_grad_(True)
+        W.grad = None
+    try:
+        with torch.enable_grad():
+            y = call()
+            if y.requires_grad:
+                y.sum().backward()
+        borrowed = [layer for layer, W in zip(layers, originals, strict=True) if W.grad is not None]
+    finally:
+        for W, required, gradient in before:
+            W.requires_grad_(required)
+            W.grad = gradient
+    if borrowed:
+        raise ValueError(f"{name}, cannot be copied: a copy computes with the layers {borrowed} of "
+                         "the original (was a forward or a hook replaced by a function?)")
+    missed = [layer for layer, W in zip(layers, own, strict=True) if W.grad is None]
+    problem = (f"{name}: no gradient reaches its weights {missed} (no_grad, detach, .data, or "
+               "layers that it does not call in eval mode)")
+    if missed == layers and learns:
+        raise ValueError(problem)
+    if missed and y.requires_grad:
+        warnings.warn(f"{problem} for the first input. They are rounded and do not learn, or the "
+                      "block does not compute with them at all", stacklevel=6)
+
+
+def check_weights_stay(twin: nn.Module, x: Tensor, name: str, layers: list[str]) -> None:
+    """Raises ValueError if a layer writes to its own weight when it is called, as a mask or a max
+    norm does: W_hat would not follow. We try other weights, because on weights that are masked
+    already a mask changes nothing."""
+    tried = {}
+    with torch.no_grad(), suppress(Exception):                       # other weights may not do
+        for layer in layers:
+            tried[layer] = twin.get_submodule(layer).weight.mul_(-7.7).sub_(1.3).clone()
+        twin(x.clone())
+    for layer, W in tried.items():
+        if not torch.equal(twin.get_submodule(layer).weight, W):
+            raise ValueError(f"{name}, writes to the weight of its layer {layer!r} when it is "
+                             "called: make that permanent first, or name the layer in skip")
 
 
 def warn_of_float_weights(blocks, skip=()) -> None:
@@ -796,7 +906,19 @@ def check_finite(history: list[float], loss: float, index: int, config) -> None:
         if history:
             i = min(wrong[0], len(history))
             when = f"at iteration {i} of {config.iterations}: try a smaller lr"
+            if max(history[:i - 1], default=0.0) <= 10 * history[0]:
+                when += ". But the losses before it did not grow, so maybe a gradient is NaN, as " \
+                        "that of sqrt or of a norm at 0 is"
         raise FloatingPointError(f"block {index}, {config.method}: the loss is not finite {when}")
+
+
+@torch.no_grad()
+def largest_share(block: nn.Module, x_q: Tensor, y_fp: Tensor, config) -> float:
+    """Return the largest share of the block's loss that a single input makes."""
+    with parametrize.cached():                                       # quantize each weight once
+        losses = [evaluate(block, x, y, config)
+                  for x, y in zip(x_q.split(1), y_fp.split(1), strict=True)]
+    return max(losses) / (sum(losses) or 1.0)
 
 
 # ---- What is put back, whatever happens ----------------------------------------------------------
