@@ -540,18 +540,19 @@ def quantize_model(blocks, calibration: Tensor, config: ReconstructionConfig, sh
         FloatingPointError: a loss is not finite. On any exception that block is as before, and
             the earlier ones stay quantized.
     """
-    blocks = list_of(blocks, config)
+    blocks = list(nn.ModuleList(blocks))
     model = nn.ModuleList(blocks)
+    if not quantizers(model):
+        check_network(blocks, calibration, config, skip)             # before any work, copies too
 
     # Targets come from a float network. In one pass that is the network itself, because each block
     # is still float when we take its target. In a second pass, or after an interrupted call, blocks
     # are quantized already. Then we need a copy without its quantizers.
     floats = blocks
     if config.two_passes or quantizers(model):
-        floats = copies_of(blocks)
+        floats = copy.deepcopy(blocks)
         flexround.fold(nn.ModuleList(floats), keep=False)
 
-    # Errors and warnings come before any work.
     passes = plan(blocks, floats, calibration, config, skip)
     clock = Clock(passes, config, show)
     model.eval()
@@ -593,11 +594,10 @@ def bits_in_place(found: dict[str, nn.Module]) -> dict[str, int]:
 def check_settings(config: ReconstructionConfig) -> None:
     """Raises ValueError if a setting is not allowed, and names it."""
     def need(name, fits, allowed):
-        good = False
         with suppress(TypeError):                                    # "0.01" is no number
-            good = fits(getattr(config, name))
-        if not good:
-            raise ValueError(f"{name} = {getattr(config, name)!r}: {allowed} is allowed")
+            if fits(getattr(config, name)):
+                return
+        raise ValueError(f"{name} = {getattr(config, name)!r}: {allowed} is allowed")
 
     def positive(value):
         return value is None or 0 < value < math.inf
@@ -648,9 +648,6 @@ def check_reconstruction(block: nn.Module, x_q: Tensor, x_fp: Tensor | None,
 def plan(blocks, floats, calibration: Tensor, config: ReconstructionConfig, skip) -> list:
     """Check and warn, and return what each pass of quantize_model quantizes: for each pass two
     lists, which hold for each block the bits of its weights and of its layers' inputs."""
-    # While the blocks are float we check themselves: a copy may compute with the original's layers.
-    begun = bool(quantizers(nn.ModuleList(blocks)))
-    check_network(floats if begun else blocks, calibration, config, skip)
     warn_of_float_weights(floats, skip)
     bits = bits_of_layers(floats, config.bits, config.end_bits, skip)
     last = max(i for i, layers in enumerate(bits) if layers)         # nothing after it is run
@@ -660,37 +657,23 @@ def plan(blocks, floats, calibration: Tensor, config: ReconstructionConfig, skip
     if config.abits is not None:
         abits = bits_of_layers(floats, config.abits, config.end_bits, skip)[:last + 1]
     warn_of_end_bits(bits, config)
-    if begun:
+    if quantizers(nn.ModuleList(blocks)):                            # float ones are checked already
+        check_network(floats, calibration, config, skip)
         leave_out_done(blocks, bits, abits, config)
     # weights alone; setting Q; round to nearest    one pass
     # abits in setting B                            two passes: first weights, then step sizes
     return [(bits, nothing), (nothing, abits)] if config.two_passes else [(bits, abits)]
 
 
-def list_of(blocks, config) -> list[nn.Module]:
-    """Return blocks as a list. Raises ValueError for a wrong kind of blocks or of config."""
-    if not isinstance(config, ReconstructionConfig):
-        raise ValueError(f"config is a {type(config).__name__}: a ReconstructionConfig is allowed")
-    try:
-        return list(nn.ModuleList(blocks))
-    except TypeError as problem:
-        raise ValueError(f"blocks: a list of modules is allowed ({problem})") from problem
-
-
-def check_call(calibration: Tensor, config: ReconstructionConfig, skip) -> None:
+def check_call(calibration: Tensor, skip) -> None:
     """Raises ValueError for what would go wrong with any network."""
     if not isinstance(calibration, Tensor) or calibration.layout != torch.strided:
-        kind = getattr(calibration, "layout", type(calibration).__name__)
-        raise ValueError(f"calibration is a {kind}: one Tensor, (N, ...), not sparse, is allowed")
+        raise ValueError(f"calibration is a {type(calibration).__name__}: one Tensor, (N, ...), "
+                         "not sparse, is allowed")
     if calibration.dim() == 0 or len(calibration) == 0 or not torch.isfinite(calibration).all():
         raise ValueError("calibration is empty or holds NaN or infinity")
     if isinstance(skip, str):
         raise ValueError(f"skip = {skip!r}: a list of names is allowed")
-    for name in ("device", "cache_device"):
-        try:
-            torch.empty(0, device=getattr(config, name))
-        except (RuntimeError, AssertionError) as problem:            # torch without CUDA asserts
-            raise ValueError(f"{name} = {getattr(config, name)!r}: {problem}") from problem
     if torch.is_inference_mode_enabled():
         raise ValueError("within torch.inference_mode() nothing can be learned: leave it first")
 
@@ -698,7 +681,7 @@ def check_call(calibration: Tensor, config: ReconstructionConfig, skip) -> None:
 def check_network(blocks, calibration: Tensor, config: ReconstructionConfig, skip=()) -> None:
     """Find what would fail, or would silently go wrong, before any work is done. blocks are float.
     Raises ValueError for what is not allowed, by block or layer."""
-    check_call(calibration, config, skip)
+    check_call(calibration, skip)
     model = nn.ModuleList(blocks)
     modules = dict(model.named_modules())                            # a module is named only once
     known = [name for name, m in modules.items() if isinstance(m, nn.Linear | nn.Conv2d)]
@@ -707,8 +690,7 @@ def check_network(blocks, calibration: Tensor, config: ReconstructionConfig, ski
             raise ValueError(f"skip names {name!r}: the layers are {known}")
     layers = quantizable_layers(model, skip)
     if not layers:
-        raise ValueError("nothing to quantize: no block has an nn.Linear or an nn.Conv2d "
-                         "(that skip does not name)")
+        raise ValueError("nothing to quantize: no block has an nn.Linear or nn.Conv2d left")
     for name, layer in layers.items():
         flexround.check_weight(layer.weight, f"layer {name!r}: W")
     for i, block in enumerate(blocks):
@@ -723,47 +705,22 @@ def check_network(blocks, calibration: Tensor, config: ReconstructionConfig, ski
         x = check_block(block, x, i, list(learned[i]), config)
 
 
-def copies_of(blocks: list, first: int = 0) -> list:
-    """Return deep copies of blocks, which share what blocks share. Raises ValueError that names the
-    block that cannot be copied. first: the place of the first one in the network."""
-    copies, memo = [], {}
-    for i, block in enumerate(blocks, first):
-        try:
-            copies.append(copy.deepcopy(block, memo))
-        except Exception as problem:                                 # of many kinds
-            raise ValueError(f"block {i}, a {type(block).__name__}, cannot be copied (if it keeps "
-                             f"its output, run it within torch.no_grad() only): {problem}"
-                             ) from problem
-    return copies
-
-
-def size_of(y: Tensor) -> Tensor:
-    """Return how large the numbers are that an element of y is one of: the largest in its channel
-    or at its position, whichever is less. One channel of 3,000 says nothing of the others."""
-    size = y.abs().max()
-    for dim in range(1, y.dim()):
-        others = [d for d in range(y.dim()) if d != dim]
-        size = torch.minimum(size, y.abs().amax(others, keepdim=True))
-    return size + y.abs().max() / 100                                # rounding errors of the large
-
-
 def check_block(block: nn.Module, x: Tensor, index: int, layers: list[str],
                 config: ReconstructionConfig) -> Tensor:
-    """Do check_network for one block, on x of one or two inputs. Returns block(x).
-
-    We run a copy on the first input, on both, and on the first again. Its output for the first has
-    to be the same each time, because we cut batches along dim 0 and draw them at random. The copy
-    has to compute with its own layers, and these may not change their weights.
-    """
-    name = f"block {index}, a {type(block).__name__}"
-    twin, = copies_of([block], index)
-    twin.eval()
+    """Do check_network for one block, on x of one or two inputs. Returns block(x). We run a copy on
+    the first input, on both, and on the first again. Its output for the first has to be the same
+    each time, because we cut batches along dim 0 and draw them at random."""
+    name = f"block {index}, a {type(block).__name__},"
+    try:
+        twin = copy.deepcopy(block).eval()
+    except Exception as problem:
+        raise ValueError(f"{name} cannot be copied (it keeps outputs?): {problem}") from problem
 
     def call(x):
         try:
             return twin(x.clone())
-        except Exception as problem:                                 # of many kinds
-            raise ValueError(f"{name}, cannot be called with one tensor {tuple(x.shape)}: "
+        except Exception as problem:
+            raise ValueError(f"{name} cannot be called with one tensor {tuple(x.shape)}: "
                              f"{problem}") from problem
 
     with torch.no_grad():
@@ -774,29 +731,31 @@ def check_block(block: nn.Module, x: Tensor, index: int, layers: list[str],
         y = y.clone()                                                # it may be one buffer for all
         both = call(x).clone()
         again = call(x[:1])
+    # Kernels depend on the shape, so we allow noise, by the largest number of the same channel or
+    # position: one channel of 3,000 says nothing of the others.
+    size = y.abs().max()
+    for dim in range(1, y.dim()):
+        size = torch.minimum(size, y.abs().amax([d for d in range(y.dim()) if d != dim], True))
     eps = torch.finfo(y.dtype).eps if y.is_floating_point() else 0.0
-    noise = eps ** 0.5 * size_of(both)                               # kernels depend on the shape
+    noise = eps ** 0.5 * (size + y.abs().max() / 100)
     alike = both.shape[:1] == x.shape[:1] and ((both[:1] - y).abs() <= noise).all()
     if not alike or not ((again - y).abs() <= noise).all():
         raise ValueError(f"block {index} returns something else for an input when another one is "
                          "beside it or was there before it: dim 0 has to be the inputs (batch "
                          "first), and a block has to depend on its input alone, row by row")
+    if layers and config.channel_dim is not None and 1 < y.dim() <= abs(config.channel_dim):
+        raise ValueError(f"channel_dim = {config.channel_dim}: {name} returns {tuple(y.shape)}")
     if layers:
-        if config.channel_dim is not None and 1 < y.dim() <= abs(config.channel_dim):
-            raise ValueError(f"channel_dim = {config.channel_dim}: {name}, returns "
-                             f"{tuple(y.shape)}, which has no such dim besides the inputs")
-        check_gradients(block, twin, lambda: call(x[:1]), name, layers, config.method != "rtn")
-        check_weights_stay(twin, x[:1], name, layers)
+        check_layers(block, twin, lambda: call(x[:1]), name, layers, config.method != "rtn")
     return both
 
 
-def check_gradients(block, twin, call, name: str, layers: list[str], learns: bool) -> None:
-    """Do check_block for gradients. Raises ValueError if one reaches a weight of the original, or
-    if it should learn and no gradient reaches a weight. Warns of weights without a gradient."""
+def check_layers(block, twin, call, name: str, layers: list[str], learns: bool) -> None:
+    """Do check_block for the layers of twin, a copy of block that call() runs."""
     own = [twin.get_submodule(layer).weight for layer in layers]
-    originals = [block.get_submodule(layer).weight for layer in layers]
-    before = [(W, W.requires_grad, W.grad) for W in originals]
-    for W in [*own, *originals]:
+    theirs = [block.get_submodule(layer).weight for layer in layers]
+    before = [(W, W.requires_grad, W.grad) for W in theirs]
+    for W in [*own, *theirs]:
         W.requires_grad_(True)
         W.grad = None
     try:
@@ -804,37 +763,30 @@ def check_gradients(block, twin, call, name: str, layers: list[str], learns: boo
             y = call()
             if y.requires_grad:
                 y.sum().backward()
-        borrowed = [layer for layer, W in zip(layers, originals, strict=True) if W.grad is not None]
-    finally:
+        borrowed = any(W.grad is not None for W in theirs)
+    finally:                                                         # theirs are the user's
         for W, required, gradient in before:
             W.requires_grad_(required)
             W.grad = gradient
     if borrowed:
-        raise ValueError(f"{name}, cannot be copied: a copy computes with the layers {borrowed} of "
-                         "the original (was a forward or a hook replaced by a function?)")
+        raise ValueError(f"{name} cannot be copied: the copy computes with the original's layers "
+                         "(was a forward or a hook replaced by a function?)")
     missed = [layer for layer, W in zip(layers, own, strict=True) if W.grad is None]
-    problem = (f"{name}: no gradient reaches its weights {missed} (no_grad, detach, .data, or "
+    problem = (f"{name} no gradient reaches its weights {missed} (no_grad, detach, .data, or "
                "layers that it does not call in eval mode)")
     if missed == layers and learns:
         raise ValueError(problem)
     if missed and y.requires_grad:
-        warnings.warn(f"{problem} for the first input. They are rounded and do not learn, or the "
-                      "block does not compute with them at all", stacklevel=6)
+        warnings.warn(f"{problem}: they do not learn, or are not used at all", stacklevel=5)
 
-
-def check_weights_stay(twin: nn.Module, x: Tensor, name: str, layers: list[str]) -> None:
-    """Raises ValueError if a layer writes to its own weight when it is called, as a mask or a max
-    norm does: W_hat would not follow. We try other weights, because on weights that are masked
-    already a mask changes nothing."""
-    tried = {}
-    with torch.no_grad(), suppress(Exception):                       # other weights may not do
-        for layer in layers:
-            tried[layer] = twin.get_submodule(layer).weight.mul_(-7.7).sub_(1.3).clone()
-        twin(x.clone())
-    for layer, W in tried.items():
-        if not torch.equal(twin.get_submodule(layer).weight, W):
-            raise ValueError(f"{name}, writes to the weight of its layer {layer!r} when it is "
-                             "called: make that permanent first, or name the layer in skip")
+    # A forward that writes to its W (a mask, a max norm) never sees W_hat. We try other weights,
+    # because a second mask changes nothing.
+    with torch.no_grad(), suppress(ValueError):                      # they may not suit the block
+        tried = [W.mul_(-7.7).sub_(1.3).clone() for W in own]
+        call()
+    after = [twin.get_submodule(layer).weight for layer in layers]
+    if not all(map(torch.equal, tried, after)):
+        raise ValueError(f"{name} writes to weights when it is called: make that permanent first")
 
 
 def warn_of_float_weights(blocks, skip=()) -> None:
@@ -874,8 +826,7 @@ def leave_out_done(blocks, bits: list, abits: list, config: ReconstructionConfig
     that one_pass only runs these blocks.
 
     Raises ValueError if quantizers are of another method, grid or number of bits than config's, or
-    not frozen. With which inputs, seed, learning rates or iterations they have learned cannot be
-    seen in a network, so we do not compare it.
+    not frozen.
     """
     done = []
     grid = (METHODS[config.method], config.symmetric, config.per_channel)
@@ -907,17 +858,16 @@ def check_finite(history: list[float], loss: float, index: int, config) -> None:
             i = min(wrong[0], len(history))
             when = f"at iteration {i} of {config.iterations}: try a smaller lr"
             if max(history[:i - 1], default=0.0) <= 10 * history[0]:
-                when += ". But the losses before it did not grow, so maybe a gradient is NaN, as " \
-                        "that of sqrt or of a norm at 0 is"
+                when += ", or is a gradient NaN, as that of sqrt at 0? The loss did not grow"
         raise FloatingPointError(f"block {index}, {config.method}: the loss is not finite {when}")
 
 
 @torch.no_grad()
 def largest_share(block: nn.Module, x_q: Tensor, y_fp: Tensor, config) -> float:
     """Return the largest share of the block's loss that a single input makes."""
+    pairs = zip(x_q.split(1), y_fp.split(1), strict=True)
     with parametrize.cached():                                       # quantize each weight once
-        losses = [evaluate(block, x, y, config)
-                  for x, y in zip(x_q.split(1), y_fp.split(1), strict=True)]
+        losses = [evaluate(block, x, y, config) for x, y in pairs]
     return max(losses) / (sum(losses) or 1.0)
 
 
