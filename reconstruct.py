@@ -657,7 +657,7 @@ def plan(blocks, floats, calibration: Tensor, config: ReconstructionConfig, skip
     if config.abits is not None:
         abits = bits_of_layers(floats, config.abits, config.end_bits, skip)[:last + 1]
     warn_of_end_bits(bits, config)
-    if quantizers(nn.ModuleList(blocks)):                            # float ones are checked already
+    if quantizers(nn.ModuleList(blocks)):                            # else checked already
         check_network(floats, calibration, config, skip)
         leave_out_done(blocks, bits, abits, config)
     # weights alone; setting Q; round to nearest    one pass
@@ -754,20 +754,18 @@ def check_layers(block, twin, call, name: str, layers: list[str], learns: bool) 
     """Do check_block for the layers of twin, a copy of block that call() runs."""
     own = [twin.get_submodule(layer).weight for layer in layers]
     theirs = [block.get_submodule(layer).weight for layer in layers]
-    before = [(W, W.requires_grad, W.grad) for W in theirs]
+    before = [(W, W.requires_grad, W.grad) for W in theirs]          # they are the user's
     for W in [*own, *theirs]:
-        W.requires_grad_(True)
-        W.grad = None
+        W.requires_grad_(True).grad = None
     try:
         with torch.enable_grad():
             y = call()
             if y.requires_grad:
                 y.sum().backward()
         borrowed = any(W.grad is not None for W in theirs)
-    finally:                                                         # theirs are the user's
+    finally:
         for W, required, gradient in before:
-            W.requires_grad_(required)
-            W.grad = gradient
+            W.requires_grad_(required).grad = gradient
     if borrowed:
         raise ValueError(f"{name} cannot be copied: the copy computes with the original's layers "
                          "(was a forward or a hook replaced by a function?)")
@@ -903,8 +901,7 @@ def learning(block: nn.Module, learned: list[nn.Parameter], seed: int):
     and drop nothing, and the block is in eval mode. After an exception what was learned has its old
     values again.
     """
-    # Quantizers are ours, and we freeze them at the end. All other parameters are yours: we note
-    # which of them required a gradient, and give that back.
+    # Quantizers are ours. All other parameters are yours and get back what they required.
     own = set(nn.ModuleList(all_quantizers(block)).parameters())
     before = [(p, p.requires_grad) for p in block.parameters() if p not in own]
     initial = [p.detach().clone() for p in learned]
