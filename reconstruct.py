@@ -165,9 +165,9 @@ class BlockReport:
     def __str__(self):
         line = f"loss {self.start_loss:.3g} -> {self.final_loss:.3g} in {self.seconds:.1f} s"
         done = len(self.history)
+        if self.largest_share > 0.5:
+            return f"{line}: hardly a gain, one input makes {self.largest_share:.0%} of the loss"
         if done > 0 and self.best_iteration == 0:
-            if self.largest_share > 0.5:
-                return f"{line}: no gain, one input makes {self.largest_share:.0%} of the loss"
             return f"{line}: no gain, try a smaller learning rate"
         if self.best_iteration < done:
             return f"{line}, kept the state after {self.best_iteration} of {done} iterations"
@@ -395,7 +395,7 @@ def reconstruct_block(block: nn.Module, x_q: Tensor, y_fp: Tensor, config: Recon
     best_loss, best_iteration, values = best
     put_back(learned, values)
     share = 0.0
-    if learned and best_iteration == 0:                              # why was there no gain?
+    if learned and best_loss > 0.9 * evaluations[0][1]:              # why was there no gain?
         share = largest_share(block, x_q, y_fp, config)
     return BlockReport(index, bits_in_place(quantizers(block)), evaluations[0][1], best_loss,
                        best_iteration, evaluations, history.tolist(), time.perf_counter() - began,
