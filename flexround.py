@@ -667,9 +667,9 @@ def quantizable_layers(module: nn.Module, skip=()) -> dict[str, nn.Module]:
             continue
         if parametrize.is_parametrized(layer, "weight") or \
                 not isinstance(layer.weight, nn.Parameter):
-            raise ValueError(f"layer {name!r} has a weight that is no plain Parameter (a buffer, "
-                             "or made by a quantizer, weight norm, pruning): fold or remove that "
-                             "first, or name the layer in skip")
+            raise ValueError(f"layer {name!r} has a parametrization of its weight already (a "
+                             "quantizer, weight norm, pruning), or a buffer in its place: fold or "
+                             "remove it first, or name the layer in skip")
         if id(layer.weight) in embedded:
             continue
         twin = owner.setdefault(id(layer.weight), name)

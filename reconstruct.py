@@ -648,6 +648,8 @@ def check_reconstruction(block: nn.Module, x_q: Tensor, x_fp: Tensor | None,
 def plan(blocks, floats, calibration: Tensor, config: ReconstructionConfig, skip) -> list:
     """Check and warn, and return what each pass of quantize_model quantizes: for each pass two
     lists, which hold for each block the bits of its weights and of its layers' inputs."""
+    if quantizers(nn.ModuleList(blocks)):                            # else checked already
+        check_network(floats, calibration, config, skip)
     warn_of_float_weights(floats, skip)
     bits = bits_of_layers(floats, config.bits, config.end_bits, skip)
     last = max(i for i, layers in enumerate(bits) if layers)         # nothing after it is run
@@ -657,8 +659,7 @@ def plan(blocks, floats, calibration: Tensor, config: ReconstructionConfig, skip
     if config.abits is not None:
         abits = bits_of_layers(floats, config.abits, config.end_bits, skip)[:last + 1]
     warn_of_end_bits(bits, config)
-    if quantizers(nn.ModuleList(blocks)):                            # else checked already
-        check_network(floats, calibration, config, skip)
+    if quantizers(nn.ModuleList(blocks)):
         leave_out_done(blocks, bits, abits, config)
     # weights alone; setting Q; round to nearest    one pass
     # abits in setting B                            two passes: first weights, then step sizes
@@ -668,8 +669,8 @@ def plan(blocks, floats, calibration: Tensor, config: ReconstructionConfig, skip
 def check_call(calibration: Tensor, skip) -> None:
     """Raises ValueError for what would go wrong with any network."""
     if not isinstance(calibration, Tensor) or calibration.layout != torch.strided:
-        raise ValueError(f"calibration is a {type(calibration).__name__}: one Tensor, (N, ...), "
-                         "not sparse, is allowed")
+        kind = type(calibration).__name__
+        raise ValueError(f"calibration is a {kind}: one Tensor, (N, ...), not sparse, is allowed")
     if calibration.dim() == 0 or len(calibration) == 0 or not torch.isfinite(calibration).all():
         raise ValueError("calibration is empty or holds NaN or infinity")
     if isinstance(skip, str):
@@ -743,7 +744,7 @@ def check_block(block: nn.Module, x: Tensor, index: int, layers: list[str],
         raise ValueError(f"block {index} returns something else for an input when another one is "
                          "beside it or was there before it: dim 0 has to be the inputs (batch "
                          "first), and a block has to depend on its input alone, row by row")
-    if layers and config.channel_dim is not None and 1 < y.dim() <= abs(config.channel_dim):
+    if layers and y.dim() > 1 and abs(config.channel_dim or 1) >= y.dim():
         raise ValueError(f"channel_dim = {config.channel_dim}: {name} returns {tuple(y.shape)}")
     if layers:
         check_layers(block, twin, lambda: call(x[:1]), name, layers, config.method != "rtn")
@@ -751,7 +752,7 @@ def check_block(block: nn.Module, x: Tensor, index: int, layers: list[str],
 
 
 def check_layers(block, twin, call, name: str, layers: list[str], learns: bool) -> None:
-    """Do check_block for the layers of twin, a copy of block that call() runs."""
+    """Do check_block for the layers of twin, a copy of block. call() runs it."""
     own = [twin.get_submodule(layer).weight for layer in layers]
     theirs = [block.get_submodule(layer).weight for layer in layers]
     before = [(W, W.requires_grad, W.grad) for W in theirs]          # they are the user's
@@ -770,15 +771,14 @@ def check_layers(block, twin, call, name: str, layers: list[str], learns: bool) 
         raise ValueError(f"{name} cannot be copied: the copy computes with the original's layers "
                          "(was a forward or a hook replaced by a function?)")
     missed = [layer for layer, W in zip(layers, own, strict=True) if W.grad is None]
-    problem = (f"{name} no gradient reaches its weights {missed} (no_grad, detach, .data, or "
-               "layers that it does not call in eval mode)")
+    problem = (f"{name.partition(',')[0]}: no gradient reaches its weights {missed} (no_grad, "
+               "detach, .data, or layers that it does not call in eval mode)")
     if missed == layers and learns:
         raise ValueError(problem)
     if missed and y.requires_grad:
         warnings.warn(f"{problem}: they do not learn, or are not used at all", stacklevel=5)
 
-    # A forward that writes to its W (a mask, a max norm) never sees W_hat. We try other weights,
-    # because a second mask changes nothing.
+    # A mask or a norm that a forward writes to W is lost in W_hat. A second mask changes nothing.
     with torch.no_grad(), suppress(ValueError):                      # they may not suit the block
         tried = [W.mul_(-7.7).sub_(1.3).clone() for W in own]
         call()
@@ -855,8 +855,8 @@ def check_finite(history: list[float], loss: float, index: int, config) -> None:
         if history:
             i = min(wrong[0], len(history))
             when = f"at iteration {i} of {config.iterations}: try a smaller lr"
-            if max(history[:i - 1], default=0.0) <= 10 * history[0]:
-                when += ", or is a gradient NaN, as that of sqrt at 0? The loss did not grow"
+            if max(history[:i - 1], default=0.0) <= 10 * history[0]:  # it did not grow
+                when += ", or is a gradient NaN, as that of sqrt at 0?"
         raise FloatingPointError(f"block {index}, {config.method}: the loss is not finite {when}")
 
 

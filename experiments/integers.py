@@ -263,8 +263,8 @@ def load_quantized(model: nn.Module, path) -> nn.Module:
     model.load_state_dict(state)
     for name, quantizer in inputs.items():
         layer = layers[name]
-        quantizer.requires_grad_(False).to(layer.weight.device)
-        place_input_quantizer(layer, quantizer)
+        if not input_quantizers(layer):                              # it may have two names
+            place_input_quantizer(layer, quantizer.requires_grad_(False).to(layer.weight.device))
     return model.eval()
 
 

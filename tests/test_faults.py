@@ -157,7 +157,7 @@ def test_layers_that_no_gradient_reaches_are_named(forward, missed):
     """The report counts them as quantized, and maybe the block does not even compute with them."""
     with pytest.warns(UserWarning) as said:
         quantize([Does(forward)], data(32, 8))
-    assert any(f"block 0, a Does, no gradient reaches its weights {missed}" in str(w.message)
+    assert any(f"block 0: no gradient reaches its weights {missed}" in str(w.message)
                for w in said)
 
 
@@ -400,7 +400,7 @@ def test_a_weight_that_is_a_buffer_is_named_and_can_be_skipped():
     del blur.weight
     blur.register_buffer("weight", torch.ones(4, 1, 3, 3) / 9)
     net, x = nn.Sequential(nn.Conv2d(3, 4, 3), blur), data(32, 3, 6, 6)
-    with pytest.raises(ValueError, match="layer '0.1' has a weight that is no plain Parameter"):
+    with pytest.raises(ValueError, match="layer '0.1' has .* a buffer in its place"):
         quantize([net], x)
     assert quantize([net], x, skip=["0.1"], method="rtn")[0].bits == {"0": 3}
 
@@ -480,7 +480,7 @@ def refused(path, message=""):
 
 
 def test_no_flipped_bit_loads_as_another_network(tmp_path):
-    """torch.load compares no checksum. A flip in the archive's padding loads as the same network."""
+    """torch.load compares no checksum. Flips in its padding load as the same network."""
     net, path = saved(tmp_path)
     good, expected = path.read_bytes(), load_quantized(mlp(), path).state_dict()
     draw, loaded, errors = random.Random(0), 0, 0
