@@ -273,6 +273,19 @@ def test_a_block_that_returns_one_buffer_each_time_is_copied():
     assert losses[0] == losses[1]
 
 
+def test_a_buffer_hides_no_state():
+    """An output that the next call overwrites would equal that of the next call."""
+    class Counts(nn.Linear):
+        calls, out = 0, torch.empty(64, 8)
+
+        def forward(self, x):
+            self.calls += 1
+            return self.out[:len(x)].copy_((super().forward(x) + self.calls).detach())
+
+    with pytest.raises(ValueError, match="block 0 returns something else"):
+        quantize([Counts(8, 8)], data(32, 8), method="rtn")
+
+
 class TimeMajor(nn.Module):
     """A block that attends along dim 0 and leaves one channel as it is."""
 
