@@ -128,6 +128,9 @@ class RoundToNearest(nn.Module):
     @property
     def s1(self) -> Tensor:
         """The step size of the grid, () or (C_out, 1[, 1, 1])."""
+        if self.log_s1.dtype in (torch.float16, torch.bfloat16):
+            raise ValueError(f"a {type(self).__name__} was cast to {self.log_s1.dtype}, and its "
+                             "codes would change: call flexround.fold first, then cast")
         return self.log_s1.exp()
 
     @property
@@ -149,6 +152,13 @@ class RoundToNearest(nn.Module):
     def codes(self, W: Tensor) -> Tensor:
         """Return the codes, zero_point included: int32, W's shape, all within [q.lo, q.hi]."""
         return self.integers(W).to(torch.int32) + self.zero_point
+
+    # state_dict holds the codes' range, so that the state of 3 bits is not loaded into 8.
+    def get_extra_state(self):
+        return torch.tensor([self.lo, self.hi], device="cpu")
+
+    def set_extra_state(self, state):
+        check_same_range(self, state)
 
 
 class Division(torch.autograd.Function):
@@ -343,6 +353,13 @@ def shaped(grid: tuple[Tensor, Tensor], W: Tensor, per_channel: bool) -> tuple[T
     return log_s1.reshape(shape), zero_point.reshape(shape).to(torch.int32)
 
 
+def check_same_range(quantizer: nn.Module, state: Tensor) -> None:
+    """Raises ValueError if state_dict's range of codes is not the quantizer's own."""
+    if state.tolist() != [quantizer.lo, quantizer.hi]:
+        raise ValueError(f"the state has codes from {state.tolist()}, and this quantizer from "
+                         f"{[quantizer.lo, quantizer.hi]}: other bits, or another sign")
+
+
 search_range = grid_from_weights                                     # its earlier name
 
 
@@ -395,7 +412,7 @@ def quantize_layers(block: nn.Module, config, bits: dict[str, int] | None = None
     if config.start == "outputs":
         if x is None:
             raise ValueError("start = 'outputs' needs x, float inputs of the block")
-        calls = layer_inputs(block, layers, x)
+        calls = layer_inputs(block, layers, x, before_hooks=True)
     rule = METHODS[config.method]
     own = {}
     if issubclass(rule, FlexRound):
@@ -603,14 +620,18 @@ def qr_factor(layer: nn.Module, inputs: list[Tensor]) -> Tensor | None:
     rows = sum(x.numel() for x in inputs) // C_in
     if any(hook is not quantize_input for hook in hooks) or rows <= C_in or 46 * C_out < C_in:
         return None
-    X = torch.cat([x.flatten(0, -2) for x in inputs])                # rounded, if it has an LSQ
+    own = input_quantizers(layer).get("", nn.Identity())             # of inputs, if it has one
+    X = torch.cat([own(x).flatten(0, -2) for x in inputs])
     return torch.linalg.qr(X.to(layer.weight.dtype), mode="r").R
 
 
 @torch.no_grad()
-def layer_inputs(block: nn.Module, layers: dict[str, nn.Module], x: Tensor) -> dict:
+def layer_inputs(block: nn.Module, layers: dict[str, nn.Module], x: Tensor,
+                 before_hooks: bool = False) -> dict:
     """Return what each layer is called with when the block runs on x: {name: [its input in each
-    call]}. A layer that the block does not call, or only by keyword, has an empty list."""
+    call]}. A layer that the block does not call, or only by keyword, has an empty list. We look
+    after the layer's own hooks have changed its input, or before: then you can call it with that.
+    """
     seen = {name: [] for name in layers}
     names = {layer: name for name, layer in layers.items()}
 
@@ -618,7 +639,7 @@ def layer_inputs(block: nn.Module, layers: dict[str, nn.Module], x: Tensor) -> d
         if args and args[0].numel() > 0:                             # an expert may get no rows
             seen[names[layer]].append(args[0].detach().clone())
 
-    handles = [layer.register_forward_pre_hook(look) for layer in names]
+    handles = [layer.register_forward_pre_hook(look, prepend=before_hooks) for layer in names]
     try:
         block(x.clone())                                             # it may work in place
     finally:
@@ -647,8 +668,8 @@ def quantizable_layers(module: nn.Module, skip=()) -> dict[str, nn.Module]:
         if parametrize.is_parametrized(layer, "weight") or \
                 not isinstance(layer.weight, nn.Parameter):
             raise ValueError(f"layer {name!r} has a parametrization of its weight already (a "
-                             "quantizer, weight norm, pruning): fold or remove it first, or name "
-                             "the layer in skip")
+                             "quantizer, weight norm, pruning), or a buffer in its place: fold or "
+                             "remove it first, or name the layer in skip")
         if id(layer.weight) in embedded:
             continue
         twin = owner.setdefault(id(layer.weight), name)
@@ -671,6 +692,9 @@ def check_weight(W: Tensor, name: str = "W") -> None:
                          "is allowed")
     if W.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"{name} is in {W.dtype}: float32 or float64 is allowed, use .float()")
+    if W.is_meta or W.is_inference():
+        raise ValueError(f"{name} lies on the device meta or was made within inference_mode: a "
+                         "weight with numbers that can learn is allowed")
     if not torch.isfinite(W).all():
         raise ValueError(f"{name} holds NaN or infinity: only finite weights can be quantized")
 
@@ -716,7 +740,7 @@ class LSQ(nn.Module):
         x = x.detach().flatten().to(torch.promote_types(x.dtype, torch.float32))
         if len(x) > 2 ** 16:
             draw = torch.Generator().manual_seed(0)
-            some = torch.randint(len(x), (2 ** 16,), generator=draw).to(x.device)
+            some = torch.randint(len(x), (2 ** 16,), generator=draw, device="cpu").to(x.device)
             x = torch.cat([x[some], x.amin()[None], x.amax()[None]])
         log_step, zero_point = grid_from_weights(x[None], bits, signed, p=p)     # one row
         return cls(bits, signed, log_step, zero_point, keep_float)
@@ -732,6 +756,12 @@ class LSQ(nn.Module):
         if self.training and self.keep_float > 0:                    # QDrop, element by element
             x_hat = torch.where(torch.rand_like(x) < self.keep_float, x, x_hat)
         return x_hat
+
+    def get_extra_state(self):
+        return torch.tensor([self.lo, self.hi], device="cpu")
+
+    def set_extra_state(self, state):
+        check_same_range(self, state)
 
 
 def quantize_input(layer, args):

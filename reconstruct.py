@@ -55,7 +55,7 @@ import multiprocessing
 import sys
 import time
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from itertools import product
 
@@ -160,10 +160,13 @@ class BlockReport:
     history: list[float]                     # of each batch, with AdaRound's regulariser
     seconds: float
     abits: dict[str, int] = field(default_factory=dict)    # of each quantized layer's input
+    largest_share: float = 0.0               # of final_loss, made by one input. 0: not looked at
 
     def __str__(self):
         line = f"loss {self.start_loss:.3g} -> {self.final_loss:.3g} in {self.seconds:.1f} s"
         done = len(self.history)
+        if self.largest_share > 0.5:
+            return f"{line}: hardly a gain, one input makes {self.largest_share:.0%} of the loss"
         if done > 0 and self.best_iteration == 0:
             return f"{line}: no gain, try a smaller learning rate"
         if self.best_iteration < done:
@@ -244,7 +247,8 @@ def make_iteration(block: nn.Module, x_q: Tensor, y_fp: Tensor, config: Reconstr
     # same others. All methods draw the same batches: no method can be better because its batches
     # were easier.
     draw = torch.Generator().manual_seed(config.block_seed(index))
-    batches = [torch.randperm(len(x_q), generator=draw)[:config.batch_size] for _ in range(total)]
+    batches = [torch.randperm(len(x_q), generator=draw, device="cpu")[:config.batch_size]
+               for _ in range(total)]
     batches = torch.stack(batches).to(x_q.device)                    # (iterations, batch)
 
     def drawn(tensor, i):
@@ -390,9 +394,12 @@ def reconstruct_block(block: nn.Module, x_q: Tensor, y_fp: Tensor, config: Recon
                 progress(done, loss)
     best_loss, best_iteration, values = best
     put_back(learned, values)
+    share = 0.0
+    if learned and best_loss > 0.9 * evaluations[0][1]:              # why was there no gain?
+        share = largest_share(block, x_q, y_fp, config)
     return BlockReport(index, bits_in_place(quantizers(block)), evaluations[0][1], best_loss,
                        best_iteration, evaluations, history.tolist(), time.perf_counter() - began,
-                       bits_in_place(input_quantizers(block)))
+                       bits_in_place(input_quantizers(block)), share)
 
 
 # ---- A network: block after block ----------------------------------------------------------------
@@ -401,7 +408,8 @@ def bits_of_layers(blocks, bits: int, end_bits: int | None, skip=()) -> list[dic
     """Return how many bits each layer gets: for each block a dictionary from layer name to bits.
 
     The first layer of the first block and the last layer of the last block get end_bits (section
-    4 of the paper: 8), unless it is None. skip: names "<block>.<layer>" that stay float.
+    4 of the paper: 8), unless it is None. First and last are by the order in which a block defines
+    its layers, also those that stay float. skip: names "<block>.<layer>" that stay float.
     """
     layers = quantizable_layers(nn.ModuleList(blocks), skip)         # "<block>.<layer>", or
     found = [{} for _ in blocks]                                     # "<block>" for a bare layer
@@ -409,11 +417,11 @@ def bits_of_layers(blocks, bits: int, end_bits: int | None, skip=()) -> list[dic
         index, _, name = full_name.partition(".")
         found[int(index)][name] = bits
     if end_bits is not None:
-        first, last = list(found[0]), list(found[-1])
-        if first:
-            found[0][first[0]] = end_bits
-        if last:
-            found[-1][last[-1]] = end_bits
+        for block, end, own in ((blocks[0], 0, found[0]), (blocks[-1], -1, found[-1])):
+            defined = [name for name, module in block.named_modules()
+                       if isinstance(module, nn.Linear | nn.Conv2d)]
+            if defined and defined[end] in own:
+                own[defined[end]] = end_bits
     return found
 
 
@@ -428,7 +436,7 @@ def outputs_of(block: nn.Module, x: Tensor, batch_size: int, device, cache_devic
     with parametrize.cached():                                       # quantize each weight once
         for xs in x.split(batch_size):
             y = block(xs.to(device, copy=True))                      # it may work in place
-            outputs.append(y.to(cache_device))
+            outputs.append(y.to(cache_device, copy=True))            # it may own one buffer for all
     return torch.cat(outputs)
 
 
@@ -441,9 +449,9 @@ def place_quantizers(block: nn.Module, x_q: Tensor, x_fp: Tensor, config: Recons
     gets none for its input.
     """
     device, placed = device_of([block]), []
-    # Initial grids are found on a random draw, so that the order of your inputs decides nothing.
+    # Initial grids are found on a random draw, so that the order of the inputs decides nothing.
     draw = torch.Generator().manual_seed(config.block_seed(index))
-    order = torch.randperm(len(x_q), generator=draw).to(x_q.device)
+    order = torch.randperm(len(x_q), generator=draw, device="cpu").to(x_q.device)
     with seeded(device, config.block_seed(index)):                   # a rule may draw its start
         # Activations first: their step sizes start from inputs that no new W_hat has changed. The
         # first batch decides the step size, and all batches whether a sign is needed. New LSQs are
@@ -479,7 +487,7 @@ def one_pass(blocks, floats, calibration: Tensor, config: ReconstructionConfig,
 
     # Two streams of activations run through the network side by side. x_fp has seen no quantized
     # block, x_q has seen only quantized ones. Before the first block they are the same.
-    x_fp = x_q = calibration.detach().to(cache)
+    x_fp = x_q = calibration.detach().as_subclass(Tensor).to(cache)  # plain, also a MetaTensor
     for i in range(len(bits)):
         block = blocks[i]
         with moved(device, home, block, floats[i]):
@@ -534,6 +542,8 @@ def quantize_model(blocks, calibration: Tensor, config: ReconstructionConfig, sh
     """
     blocks = list(nn.ModuleList(blocks))
     model = nn.ModuleList(blocks)
+    if not quantizers(model):
+        check_network(blocks, calibration, config, skip)             # before any work, copies too
 
     # Targets come from a float network. In one pass that is the network itself, because each block
     # is still float when we take its target. In a second pass, or after an interrupted call, blocks
@@ -543,7 +553,6 @@ def quantize_model(blocks, calibration: Tensor, config: ReconstructionConfig, sh
         floats = copy.deepcopy(blocks)
         flexround.fold(nn.ModuleList(floats), keep=False)
 
-    # Errors and warnings come before any work.
     passes = plan(blocks, floats, calibration, config, skip)
     clock = Clock(passes, config, show)
     model.eval()
@@ -585,8 +594,10 @@ def bits_in_place(found: dict[str, nn.Module]) -> dict[str, int]:
 def check_settings(config: ReconstructionConfig) -> None:
     """Raises ValueError if a setting is not allowed, and names it."""
     def need(name, fits, allowed):
-        if not fits(getattr(config, name)):
-            raise ValueError(f"{name} = {getattr(config, name)!r}: {allowed} is allowed")
+        with suppress(TypeError):                                    # "0.01" is no number
+            if fits(getattr(config, name)):
+                return
+        raise ValueError(f"{name} = {getattr(config, name)!r}: {allowed} is allowed")
 
     def positive(value):
         return value is None or 0 < value < math.inf
@@ -637,7 +648,8 @@ def check_reconstruction(block: nn.Module, x_q: Tensor, x_fp: Tensor | None,
 def plan(blocks, floats, calibration: Tensor, config: ReconstructionConfig, skip) -> list:
     """Check and warn, and return what each pass of quantize_model quantizes: for each pass two
     lists, which hold for each block the bits of its weights and of its layers' inputs."""
-    check_network(floats, calibration, config, skip)
+    if quantizers(nn.ModuleList(blocks)):                            # else checked already
+        check_network(floats, calibration, config, skip)
     warn_of_float_weights(floats, skip)
     bits = bits_of_layers(floats, config.bits, config.end_bits, skip)
     last = max(i for i, layers in enumerate(bits) if layers)         # nothing after it is run
@@ -654,13 +666,15 @@ def plan(blocks, floats, calibration: Tensor, config: ReconstructionConfig, skip
     return [(bits, nothing), (nothing, abits)] if config.two_passes else [(bits, abits)]
 
 
-def check_call(calibration: Tensor) -> None:
+def check_call(calibration: Tensor, skip) -> None:
     """Raises ValueError for what would go wrong with any network."""
-    if not isinstance(calibration, Tensor):
-        raise ValueError(f"calibration is a {type(calibration).__name__}: one Tensor, (N, ...), "
-                         "is allowed")
-    if len(calibration) == 0 or not torch.isfinite(calibration).all():
+    if not isinstance(calibration, Tensor) or calibration.layout != torch.strided:
+        kind = type(calibration).__name__
+        raise ValueError(f"calibration is a {kind}: one Tensor, (N, ...), not sparse, is allowed")
+    if calibration.dim() == 0 or len(calibration) == 0 or not torch.isfinite(calibration).all():
         raise ValueError("calibration is empty or holds NaN or infinity")
+    if isinstance(skip, str):
+        raise ValueError(f"skip = {skip!r}: a list of names is allowed")
     if torch.is_inference_mode_enabled():
         raise ValueError("within torch.inference_mode() nothing can be learned: leave it first")
 
@@ -668,7 +682,7 @@ def check_call(calibration: Tensor) -> None:
 def check_network(blocks, calibration: Tensor, config: ReconstructionConfig, skip=()) -> None:
     """Find what would fail, or would silently go wrong, before any work is done. blocks are float.
     Raises ValueError for what is not allowed, by block or layer."""
-    check_call(calibration)
+    check_call(calibration, skip)
     model = nn.ModuleList(blocks)
     modules = dict(model.named_modules())                            # a module is named only once
     known = [name for name, m in modules.items() if isinstance(m, nn.Linear | nn.Conv2d)]
@@ -677,7 +691,7 @@ def check_network(blocks, calibration: Tensor, config: ReconstructionConfig, ski
             raise ValueError(f"skip names {name!r}: the layers are {known}")
     layers = quantizable_layers(model, skip)
     if not layers:
-        raise ValueError("nothing to quantize: no block has an nn.Linear or an nn.Conv2d")
+        raise ValueError("nothing to quantize: no block has an nn.Linear or nn.Conv2d left")
     for name, layer in layers.items():
         flexround.check_weight(layer.weight, f"layer {name!r}: W")
     for i, block in enumerate(blocks):
@@ -687,44 +701,90 @@ def check_network(blocks, calibration: Tensor, config: ReconstructionConfig, ski
                 raise ValueError(f"layer {name!r} of block {i} is in an earlier block as well")
     learned = bits_of_layers(blocks, config.bits, None, skip)
     last = max(i for i, own in enumerate(learned) if own)            # nothing after it is run
-    x = calibration[:2].to(device_of(blocks))
+    x = calibration[:2].as_subclass(Tensor).to(device_of(blocks))
     for i, block in enumerate(blocks[:last + 1]):
-        own = list(learned[i]) if config.method != "rtn" else []
-        x = check_block(copy.deepcopy(block).eval(), x, i, own)
+        x = check_block(block, x, i, list(learned[i]), config)
 
 
-def check_block(block: nn.Module, x: Tensor, index: int, learned: list[str]) -> Tensor:
-    """Do check_network for one block, a copy, on x of one or two inputs. Returns block(x).
+def check_block(block: nn.Module, x: Tensor, index: int, layers: list[str],
+                config: ReconstructionConfig) -> Tensor:
+    """Do check_network for one block, on x of one or two inputs. Returns block(x). We run a copy on
+    the first input, on both, and on the first again. Its output for the first has to be the same
+    each time, because we cut batches along dim 0 and draw them at random."""
+    name = f"block {index}, a {type(block).__name__},"
+    try:
+        twin = copy.deepcopy(block).eval()
+    except Exception as problem:
+        raise ValueError(f"{name} cannot be copied (it keeps outputs?): {problem}") from problem
 
-    We run it on the first input, on both, and on the first again. Its output for the first has to
-    be the same each time, because we cut batches along dim 0 and draw them at random. And a
-    gradient has to reach at least one of the layers that are learned.
-    """
+    def call(x):
+        try:
+            return twin(x.clone())
+        except Exception as problem:
+            raise ValueError(f"{name} cannot be called with one tensor {tuple(x.shape)}: "
+                             f"{problem}") from problem
+
     with torch.no_grad():
-        y = block(x[:1].clone())
+        y = call(x[:1])
         if not isinstance(y, Tensor) or y.shape[:1] != (1,) or not torch.isfinite(y).all():
             raise ValueError(f"block {index} returns {type(y).__name__} {getattr(y, 'shape', '')}: "
                              "for one input a finite tensor with one row is needed")
-        both = block(x.clone())
-        again = block(x[:1].clone())
+        y = y.clone()                                                # it may be one buffer for all
+        both = call(x).clone()
+        again = call(x[:1])
+    # Kernels depend on the shape, so we allow noise, by the largest number of the same channel or
+    # position: one channel of 3,000 says nothing of the others.
+    size = y.abs().max()
+    for dim in range(1, y.dim()):
+        size = torch.minimum(size, y.abs().amax([d for d in range(y.dim()) if d != dim], True))
     eps = torch.finfo(y.dtype).eps if y.is_floating_point() else 0.0
-    noise = eps ** 0.5 * y.abs().max()                               # kernels depend on the shape
-    alike = both.shape[:1] == x.shape[:1] and (both[:1] - y).abs().max() <= noise
-    if not alike or (again - y).abs().max() > noise:
+    noise = eps ** 0.5 * (size + y.abs().max() / 100)
+    alike = both.shape[:1] == x.shape[:1] and ((both[:1] - y).abs() <= noise).all()
+    if not alike or not ((again - y).abs() <= noise).all():
         raise ValueError(f"block {index} returns something else for an input when another one is "
                          "beside it or was there before it: dim 0 has to be the inputs (batch "
                          "first), and a block has to depend on its input alone, row by row")
-    if learned:
-        weights = [block.get_submodule(name).weight.requires_grad_() for name in learned]
-        with torch.enable_grad():
-            y = block(x[:1].clone())
-        reached = [None]
-        if y.requires_grad:
-            reached = torch.autograd.grad(y.sum(), weights, allow_unused=True)
-        if all(gradient is None for gradient in reached):
-            raise ValueError(f"block {index}: no gradient reaches its weights {learned} (no_grad, "
-                             "detach, or layers that it does not call in eval mode)")
+    if layers and y.dim() > 1 and abs(config.channel_dim or 1) >= y.dim():
+        raise ValueError(f"channel_dim = {config.channel_dim}: {name} returns {tuple(y.shape)}")
+    if layers:
+        check_layers(block, twin, lambda: call(x[:1]), name, layers, config.method != "rtn")
     return both
+
+
+def check_layers(block, twin, call, name: str, layers: list[str], learns: bool) -> None:
+    """Do check_block for the layers of twin, a copy of block. call() runs it."""
+    own = [twin.get_submodule(layer).weight for layer in layers]
+    theirs = [block.get_submodule(layer).weight for layer in layers]
+    before = [(W, W.requires_grad, W.grad) for W in theirs]          # they are the user's
+    for W in [*own, *theirs]:
+        W.requires_grad_(True).grad = None
+    try:
+        with torch.enable_grad():
+            y = call()
+            if y.requires_grad:
+                y.sum().backward()
+        borrowed = any(W.grad is not None for W in theirs)
+    finally:
+        for W, required, gradient in before:
+            W.requires_grad_(required).grad = gradient
+    if borrowed:
+        raise ValueError(f"{name} cannot be copied: the copy computes with the original's layers "
+                         "(was a forward or a hook replaced by a function?)")
+    missed = [layer for layer, W in zip(layers, own, strict=True) if W.grad is None]
+    problem = (f"{name.partition(',')[0]}: no gradient reaches its weights {missed} (no_grad, "
+               "detach, .data, or layers that it does not call in eval mode)")
+    if missed == layers and learns:
+        raise ValueError(problem)
+    if missed and y.requires_grad:
+        warnings.warn(f"{problem}: they do not learn, or are not used at all", stacklevel=5)
+
+    # A mask or a norm that a forward writes to W is lost in W_hat. A second mask changes nothing.
+    with torch.no_grad(), suppress(ValueError):                      # they may not suit the block
+        tried = [W.mul_(-7.7).sub_(1.3).clone() for W in own]
+        call()
+    after = [twin.get_submodule(layer).weight for layer in layers]
+    if not all(map(torch.equal, tried, after)):
+        raise ValueError(f"{name} writes to weights when it is called: make that permanent first")
 
 
 def warn_of_float_weights(blocks, skip=()) -> None:
@@ -764,8 +824,7 @@ def leave_out_done(blocks, bits: list, abits: list, config: ReconstructionConfig
     that one_pass only runs these blocks.
 
     Raises ValueError if quantizers are of another method, grid or number of bits than config's, or
-    not frozen. With which inputs, seed, learning rates or iterations they have learned cannot be
-    seen in a network, so we do not compare it.
+    not frozen.
     """
     done = []
     grid = (METHODS[config.method], config.symmetric, config.per_channel)
@@ -796,7 +855,18 @@ def check_finite(history: list[float], loss: float, index: int, config) -> None:
         if history:
             i = min(wrong[0], len(history))
             when = f"at iteration {i} of {config.iterations}: try a smaller lr"
+            if max(history[:i - 1], default=0.0) <= 10 * history[0]:  # it did not grow
+                when += ", or is a gradient NaN, as that of sqrt at 0?"
         raise FloatingPointError(f"block {index}, {config.method}: the loss is not finite {when}")
+
+
+@torch.no_grad()
+def largest_share(block: nn.Module, x_q: Tensor, y_fp: Tensor, config) -> float:
+    """Return the largest share of the block's loss that a single input makes."""
+    pairs = zip(x_q.split(1), y_fp.split(1), strict=True)
+    with parametrize.cached():                                       # quantize each weight once
+        losses = [evaluate(block, x, y, config) for x, y in pairs]
+    return max(losses) / (sum(losses) or 1.0)
 
 
 # ---- What is put back, whatever happens ----------------------------------------------------------
@@ -831,8 +901,7 @@ def learning(block: nn.Module, learned: list[nn.Parameter], seed: int):
     and drop nothing, and the block is in eval mode. After an exception what was learned has its old
     values again.
     """
-    # Quantizers are ours, and we freeze them at the end. All other parameters are yours: we note
-    # which of them required a gradient, and give that back.
+    # Quantizers are ours. All other parameters are yours and get back what they required.
     own = set(nn.ModuleList(all_quantizers(block)).parameters())
     before = [(p, p.requires_grad) for p in block.parameters() if p not in own]
     initial = [p.detach().clone() for p in learned]

@@ -790,7 +790,7 @@ def test_bits_of_the_ends_and_what_is_skipped():
     bits = reconstruct.bits_of_layers
     assert bits(pair, 3, None) == [{"0": 3, "1": 3}, {"0": 3, "1": 3}]
     assert bits(pair, 3, 8) == [{"0": 8, "1": 3}, {"0": 3, "1": 8}]
-    assert bits(pair, 3, 8, skip=("0.0", "1.0")) == [{"1": 8}, {"1": 8}]
+    assert bits(pair, 3, 8, skip=("0.0", "1.0")) == [{"1": 3}, {"1": 8}]    # no end moves
     single = [nn.Linear(4, 4), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)]    # a block is a layer
     assert bits(single, 3, 8) == [{"": 8}, {"": 3}, {}, {"": 8}]
     assert bits(single, 3, 8, skip=("3",)) == [{"": 8}, {"": 3}, {}, {}]

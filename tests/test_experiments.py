@@ -21,6 +21,7 @@ import flexround
 import models
 from experiments import gpu, instructions, knobs, pretrained, studies, timing, tools, train
 from experiments.integers import (
+    checksum,
     integer_forward,
     load_quantized,
     on_cpu,
@@ -656,7 +657,13 @@ def test_a_wrong_file_is_refused_and_changes_nothing(tmp_path):
     refused(wider, r"another architecture.*: 'blocks.2.conv1.\w+' is .* \(6,.* in the file", good)
     refused(double, "float32.* in the file, .*float64", good)
     refused(tiny("mobilenet")[0], r"another architecture.*: 'blocks.\w+", good)
-    elsewhere = {**good, "inputs": {**good["inputs"], "blocks.7.conv1": step}}
+    def signed(**changes):
+        """A file as another program may write it: changed, and with its checksum."""
+        parts = {**good, **changes}
+        del parts["checksum"]
+        return {**parts, "checksum": checksum(parts)}
+
+    elsewhere = signed(inputs={**good["inputs"], "blocks.7.conv1": step})
     refused(floats, "'blocks.7.conv1' is a layer in the file, None in the model", elsewhere)
 
     # Another file: cut off, of another format, without one of its parts.
@@ -668,7 +675,7 @@ def test_a_wrong_file_is_refused_and_changes_nothing(tmp_path):
         parts = {key: part for key, part in good.items() if key != missing}
         refused(floats, "not a file of save_quantized", parts)
     refused(floats, "UnpicklingError", {**good, "object": tmp_path})    # it could run code
-    refused(floats, "bits = 9", {**good, "inputs": {"blocks.1.conv1": {**step, "bits": 9}}})
+    refused(floats, "bits = 9", signed(inputs={"blocks.1.conv1": {**step, "bits": 9}}))
     with pytest.raises(FileNotFoundError):
         load_quantized(floats, tmp_path / "none.pt")
 
@@ -690,12 +697,13 @@ def test_a_failing_save_keeps_the_old_file_and_a_users_own_files(tmp_path, monke
         assert reader.read() == old != path.read_bytes()             # keeps the old one, whole
     old = path.read_bytes()
 
-    def fail(file, out):
-        assert Path(out).parent.parent == tmp_path                   # a move there is one step
-        Path(out).write_bytes(b"half")
+    def fail(out, data):
+        assert out.parent.parent == tmp_path                         # a move there is one step
+        with out.open("wb") as half:
+            half.write(data[:9])
         raise OSError("disk full")
 
-    monkeypatch.setattr(torch, "save", fail)
+    monkeypatch.setattr(Path, "write_bytes", fail)
     with pytest.raises(OSError, match="disk full"):
         save_quantized(net, path)
     assert path.read_bytes() == old and own.read_text() == "mine"
