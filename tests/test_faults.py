@@ -326,6 +326,18 @@ def test_a_pre_hook_of_the_users_runs_once():
     torch.testing.assert_close(found[:2], found[2:])
 
 
+def test_inputs_that_are_rounded_count_as_such_in_a_start_on_outputs(monkeypatch):
+    """We look before the hooks, so the short way with R has to round the inputs itself."""
+    layer, x = net_of(lambda: nn.Linear(16, 16))[0], data(256, 16) ** 3
+    flexround.quantize_inputs(layer, x, {"": 2})
+    calls = flexround.layer_inputs(layer, {"": layer}, x, before_hooks=True)[""]
+    assert torch.equal(calls[0], x) and flexround.qr_factor(layer, calls) is not None
+    found = [flexround.grid_from_outputs(layer, calls, bits, False, True) for bits in (2, 3)]
+    monkeypatch.setattr(flexround, "qr_factor", lambda *args: None)
+    slow = [flexround.grid_from_outputs(layer, calls, bits, False, True) for bits in (2, 3)]
+    torch.testing.assert_close(found, slow)
+
+
 # ---- First and last, other bits, half precision --------------------------------------------------
 
 def test_the_ends_keep_their_bits_where_they_are():
