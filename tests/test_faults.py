@@ -279,7 +279,7 @@ def test_a_buffer_hides_no_state():
         calls, out = 0, torch.empty(64, 8)
 
         def forward(self, x):
-            self.calls += 1
+            self.calls = min(self.calls + 1, 2)                      # the first call is another
             return self.out[:len(x)].copy_((super().forward(x) + self.calls).detach())
 
     with pytest.raises(ValueError, match="block 0 returns something else"):
