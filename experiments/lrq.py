@@ -1,6 +1,7 @@
 """LRQ (arXiv:2407.11534), the rule that FlexRound's authors published next, for the study samples.
 
-It is README's example of a rule of one's own, and a test compares the two.
+It is the example of a rule of one's own that README names.
+
 
     python -m experiments.lrq
 """

@@ -1132,15 +1132,6 @@ def test_our_llama_is_transformers():
         torch.testing.assert_close(blocks(x), made[0](x).logits)
 
 
-def test_lrq_is_the_readmes_example():
-    """A reader shall find the rule of the study's column in the README, line by line."""
-    readme = (ROOT / "README.md").read_text()
-    code, = [code for code in readme.split("```python\n") if "class LRQ" in code]
-    _, _, ours = (HERE / "lrq.py").read_text().split('"""', 2)
-    assert [line for line in ours.splitlines() if line] == [
-        line for line in code.split("```")[0].splitlines() if line]
-
-
 def test_what_is_watched_is_what_was_learned():
     """The notebook draws a weight's way from it."""
     block, x, y, config = prepared("watched", iterations=8)
