@@ -1,15 +1,10 @@
-"""What demo.ipynb needs and what is not its story: the look of a chart, two drawings, and what a
-quantized network holds."""
-import io
+"""What demo.ipynb needs and what is not its story: the look of a chart, and three drawings."""
+import re
 
 import matplotlib.pyplot as plt
-import torch
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
-from torch import Tensor, nn
-from torch.func import functional_call
+from torch import Tensor
 
-import flexround
-from experiments import tools
 from experiments.studies import NAMES as NAME
 
 # One name, one colour and one marker for each method, throughout. All else is black or grey.
@@ -27,9 +22,24 @@ def style() -> None:
         "legend.frameon": False, "legend.fontsize": 12})
 
 
-# ---- Charts --------------------------------------------------------------------------------------
+def label_ends(ax, lines, gap: float = 0.085, size: int = 12) -> None:
+    """Write the label of each line beside its right end, in its colour.
 
-def loop():
+    Set the limits of the axes first. gap is the least distance of two labels, as a part of the
+    height of the axes.
+    """
+    ends = []
+    for line in lines:
+        end = ax.transData.transform(line.get_xydata()[-1])
+        ends.append((ax.transAxes.inverted().transform(end)[1], line))
+    lowest = -gap
+    for y, line in sorted(ends, key=lambda end: end[0]):
+        lowest = max(y, lowest + gap)
+        ax.text(1.02, lowest, line.get_label(), color=line.get_color(), fontsize=size, va="center",
+                transform=ax.transAxes)
+
+
+def loop() -> plt.Figure:
     """The reconstruction of one block, drawn: which inputs, which target, what learns when."""
     fig, ax = plt.subplots(figsize=(13, 5))
     ax.set(xlim=(-0.1, 13), ylim=(0.2, 5))
@@ -69,66 +79,47 @@ def loop():
     return fig
 
 
-@torch.no_grad()
-def seen(layer: nn.Module, X: Tensor, rules: dict):
-    """One layer: its weights and their codes as maps, with a row for each filter. Below, for each
-    filter, the error of the weights and the error of the output on inputs X.
+def map_of_changes(ax, codes: Tensor, nearest: Tensor) -> None:
+    """A map of the codes that differ from round to nearest's: one row for each filter, one column
+    for each of its weights. Dark went up and light went down."""
+    up, down = COLOUR["flexround"], "#8EC3E6"
+    change = (codes - nearest).flatten(1).sign()                     # (C_out, weights of a filter)
+    ax.pcolormesh(change, cmap=plt.matplotlib.colors.ListedColormap([down, "#EEEEEE", up]),
+                  vmin=-1, vmax=1, edgecolors="white", linewidth=1)
+    ax.invert_yaxis()                                                # filter 0 is the upper row
+    ax.set(xlabel="weight of the filter", ylabel="filter")
+    ax.set_yticks([row + 0.5 for row in range(len(change))], range(len(change)))
+    ax.grid(False)
+    for x, colour, way, count in ((0.75, up, "a higher code", int((change > 0).sum())),
+                                  (1.0, down, "a lower code", int((change < 0).sum()))):
+        ax.text(x, 1.03, f"{way}: {count}", color=colour, transform=ax.transAxes, ha="right")
 
-    rules: two quantizers of the layer's weight, by method.
-    """
-    W, Y = layer.weight, layer(X)
-    fig, axes = plt.subplot_mosaic([["W", *rules], ["weights", "weights", "output"]],
-                                   figsize=(13, 6.4))
-    for name, q in (("W", None), *rules.items()):
-        drawn = W if q is None else q.codes(W)
-        most = float(drawn.abs().max())
-        image = axes[name].imshow(drawn.flatten(1), cmap="RdGy", aspect="auto", vmin=-most,
-                                  vmax=most)
-        title = "weights $W$" if q is None else f"codes of {NAME[name]}"
-        axes[name].set(title=title, xticks=[], yticks=[], ylabel="filter" if q is None else "")
-        axes[name].grid(False)
-        plt.colorbar(image, ax=axes[name], ticks=None if q is None else range(q.lo, q.hi + 1))
-    for side, (method, q) in zip((-0.2, 0.2), rules.items(), strict=True):
-        off = functional_call(layer, {"weight": q(W)}, (X,)) - Y
-        places = torch.arange(len(W)) + side
-        style = {"width": 0.4, "color": COLOUR[method], "label": NAME[method]}
-        axes["weights"].bar(places, (W - q(W)).square().flatten(1).mean(1).sqrt(), **style)
-        axes["output"].bar(places, off.square().mean((0, 2, 3)).sqrt(), **style)
-    axes["weights"].set(title=r"error of the weights, $\widehat W - W$", xlabel="filter",
-                        ylabel="root mean square")
-    axes["output"].set(title="error of the output", xlabel="filter")
-    axes["weights"].legend()
+
+def scores_of(printed: str) -> dict[str, list[float]]:
+    """The rows of the main job's table: {network: [full precision, then each method's score]}."""
+    rows = re.findall(r"^\| (\w+) \| W\d \| (.*) \|$", printed, re.M)
+    return {name: [float(score) for score in scores.split(" | ")] for name, scores in rows}
+
+
+def four_methods(scores: dict[str, list[float]]) -> plt.Figure:
+    """The main job's table as dots, a panel for each network, a row for each of METHODS. Right is
+    better. The axis spans the learned methods, and an arrow says where round to nearest is."""
+    fig, axes = plt.subplots(1, len(scores), figsize=(13, 3.4), sharey=True)
+    for ax, (name, (full, nearest, *learned)) in zip(axes, scores.items(), strict=True):
+        better = 1 if full > nearest else -1                         # -1: a perplexity
+        width = max(abs(full - score) for score in learned)
+        left = full - better * 1.5 * width
+        ax.set(xlim=(left, full + better * 0.6 * width), ylim=(3.6, -0.8), title=name,
+               xlabel="accuracy, %" if better == 1 else "perplexity (lower is better)")
+        ax.axvline(full, color="k", lw=1.5, ls="--")
+        ax.text(full, -0.45, "full precision ", ha="right", va="center", fontsize=11)
+        for row, (method, score) in enumerate(zip(METHODS, [nearest, *learned], strict=True)):
+            style = {"color": COLOUR[method], "va": "center", "fontsize": 12}
+            if method == "rtn":
+                ax.text(left, row, f" ← far away, at {score:.2f}", **style)
+                continue
+            ax.plot(score, row, MARKER[method], color=COLOUR[method], ms=10)
+            ax.annotate(f"{score:.2f}", (score, row), (-10, 0), textcoords="offset points",
+                        ha="right", **style)
+    axes[0].set_yticks(range(len(METHODS)), [NAME[method] for method in METHODS])
     return fig
-
-
-def picture(fig):
-    """The figure as a PNG of few bytes, for display: IPython's Image."""
-    from IPython.display import Image  # here, because the tests run without IPython
-    held = io.BytesIO()
-    fig.savefig(held, format="png", pil_kwargs={"optimize": True})
-    plt.close(fig)
-    return Image(held.getvalue())
-
-
-# ---- What a quantized network holds --------------------------------------------------------------
-
-def parts(net: nn.Module, bits: int):
-    """Of each layer of so many bits: name, quantizer, W, and log S' = log(S2 s3 s4), which is 0
-    where the quantizer does not divide."""
-    for name, q in flexround.quantizers(net).items():
-        if q.bits == bits:
-            logs = (getattr(q, f"log_{s}", None) for s in ("S2", "s3", "s4"))
-            W = net.get_submodule(name).parametrizations.weight.original.detach()
-            yield name, q, W, sum((log.detach() for log in logs if log is not None),
-                                  torch.zeros_like(W))
-
-
-def freer(net: nn.Module, bits: int) -> str:
-    """In how many layers of so many bits the largest third of the weights changes its code more
-    often than the middle third (the paper's Figs. 3 and 4)."""
-    found = []
-    for _, q, W, _ in parts(net, bits):
-        moved = (tools.grid_shift(q, W) != 0).float().flatten()[W.abs().flatten().argsort()]
-        third = len(moved) // 3
-        found.append(float(moved[2 * third:].mean()) > float(moved[third:2 * third].mean()))
-    return f"{sum(found)} of {len(found)} layers"
