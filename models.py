@@ -44,7 +44,7 @@ class Blocks(nn.Module):
 
 def read_into(net: Blocks, saved: dict[str, Tensor], prefixes: list[str], path) -> Blocks:
     """Copy a published file into net and return it in eval mode. In the file, block i's tensors
-    have the same names as ours, behind prefixes[i]. ValueError: a file of another network."""
+    have the same names as ours, after prefixes[i]. Raises ValueError if it is another network's."""
     ours = {}                                                        # the file's name -> ours
     for i, (prefix, block) in enumerate(zip(prefixes, net.blocks, strict=True)):
         for key in block.state_dict():
@@ -61,17 +61,18 @@ def read_into(net: Blocks, saved: dict[str, Tensor], prefixes: list[str], path) 
 # ---- ResNets (He et al. 2016) --------------------------------------------------------------------
 
 def conv(c_in: int, c_out: int, kernel: int, stride: int = 1, groups: int = 1) -> nn.Conv2d:
-    """A convolution with same-size padding and no bias, because batch norm follows."""
+    """Return a convolution with same-size padding and no bias, because batch norm follows."""
     return nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2, groups=groups, bias=False)
 
 
 def conv_bn_act(c_in: int, c_out: int, kernel: int, stride: int, act: nn.Module) -> nn.Sequential:
+    """Return a convolution, its batch norm and an activation."""
     return nn.Sequential(OrderedDict(conv1=conv(c_in, c_out, kernel, stride),
                                      bn1=nn.BatchNorm2d(c_out), act=act))
 
 
 def classifier(channels: int, classes: int) -> nn.Sequential:
-    """Global average pooling and a linear layer: (N, C, H, W) -> (N, classes)."""
+    """Return global average pooling and a linear layer: (N, C, H, W) -> (N, classes)."""
     return nn.Sequential(OrderedDict(pool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten(),
                                      linear=nn.Linear(channels, classes)))
 
@@ -131,10 +132,10 @@ class ResNet(Blocks):
 
 
 def resnet20(path=None) -> ResNet:
-    """The public CIFAR-10 ResNet-20 by akamaster (91.73 % on test), batch norm not folded.
+    """Return the public CIFAR-10 ResNet-20 by akamaster (91.73 % on test), batch norm not folded.
 
     path: resnet20-12fca82f.th. None downloads it once into torch's hub cache and checks its hash.
-    ValueError: a file that is not that checkpoint.
+    Raises ValueError if the file is not that checkpoint.
     """
     url = ("https://github.com/akamaster/pytorch_resnet_cifar10/raw/master/pretrained_models/"
            "resnet20-12fca82f.th")
@@ -262,7 +263,7 @@ class GPT(Blocks):
         inner = [TransformerBlock(width, heads) for _ in range(layers)]
         super().__init__(first, *inner, Head(first.wte))
         self.context = context
-        for name, p in self.named_parameters():                      # GPT-2's start
+        for name, p in self.named_parameters():                      # GPT-2's initial weights
             if name.endswith("c_proj.weight"):                       # they add to the residual
                 nn.init.normal_(p, std=0.02 / (2 * layers) ** 0.5)
             elif p.dim() == 2:
@@ -272,9 +273,9 @@ class GPT(Blocks):
 
 
 def gpt2(path, n_head: int | None = None) -> GPT:
-    """A network of the GPT-2 family with its published weights: pytorch_model.bin or
+    """Return a network of the GPT-2 family with its published weights: pytorch_model.bin or
     model.safetensors of openai-community/gpt2, -medium, -large or -xl. All of these have width / 64
-    attention heads, which is n_head = None. ValueError: not a GPT-2."""
+    attention heads, which is n_head = None. Raises ValueError if the file is not a GPT-2."""
     if Path(path).suffix == ".safetensors":
         from safetensors.torch import load_file
         saved = load_file(path)
@@ -447,8 +448,8 @@ def fold_batchnorm(net: nn.Module, x: Tensor | None = None) -> nn.Module:
 # ---- Data ----------------------------------------------------------------------------------------
 
 def digits(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """scikit-learn's 1,797 handwritten digits, standardised: images (N, 1, 8, 8) and labels (N,),
-    1,200 to train on (chosen once, at random), then 597 to test on. We standardise in dtype,
+    """Return scikit-learn's 1,797 handwritten digits, standardised: images (N, 1, 8, 8) and labels
+    (N,), 1,200 to train on (chosen once, at random), then 597 to test on. We standardise in dtype,
     because the mean of 76,800 pixels in float32 differs between processors."""
     from sklearn.datasets import load_digits
     data = load_digits()
@@ -460,9 +461,9 @@ def digits(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor, 
 
 
 def cifar10(folder, train: bool) -> tuple[Tensor, Tensor]:
-    """CIFAR-10 from its binary files in the folder or its cifar-10-batches-bin: all training
-    batches that are there, or the test batch. Images (N, 3, 32, 32), normalised as the ResNet-20
-    checkpoint wants them, and labels (N,)."""
+    """Read CIFAR-10 from its binary files in the folder or its cifar-10-batches-bin: all training
+    batches that are there, or the test batch. Returns images (N, 3, 32, 32), normalised as the
+    ResNet-20 checkpoint wants them, and labels (N,)."""
     pattern = "data_batch_*.bin" if train else "test_batch.bin"
     files = sorted(Path(folder).glob(pattern))
     if not files:
@@ -478,8 +479,8 @@ def cifar10(folder, train: bool) -> tuple[Tensor, Tensor]:
 
 
 def paragraphs(topics: dict[str, str]) -> dict[str, str]:
-    """The paragraphs of Python's help topics by the first 8 hex digits of their SHA-256. White
-    space becomes single spaces, because line breaks differ between versions of Python."""
+    """Return the paragraphs of Python's help topics by the first 8 hex digits of their SHA-256.
+    White space becomes single spaces, because line breaks differ between versions of Python."""
     found = {}
     for topic in sorted(topics):
         for part in topics[topic].split("\n\n"):
@@ -489,8 +490,8 @@ def paragraphs(topics: dict[str, str]) -> dict[str, str]:
 
 
 def help_text() -> tuple[str, str]:
-    """The English reference text that ships with Python, one paragraph a line, and what it lacks:
-    "" or, for example, "2 of 1,440 paragraphs".
+    """Return the English reference text that ships with Python, one paragraph a line, and what it
+    lacks: "" or, for example, "2 of 1,440 paragraphs".
 
     The reference text changes with Python's version. So we take only the paragraphs that are the
     same in each version from 3.10 to 3.14. PARAGRAPHS lists their hashes, in the order of the text.
@@ -508,14 +509,15 @@ def help_text() -> tuple[str, str]:
 
 
 def text(path=None) -> str:
-    """A text file, UTF-8. Without a path the text of help_text, on which the GPT was trained."""
+    """Read a text file, UTF-8. Without a path, return the text on which the GPT was trained."""
     if path is None:
         return help_text()[0]
     return Path(path).read_text(encoding="utf-8")
 
 
 def characters(string: str, vocabulary: str) -> Tensor:
-    """A text as character tokens, (length,): token i is vocabulary[i]. Other characters go."""
+    """Return a text as character tokens, (length,). Token i is vocabulary[i], and we leave out
+    characters that are not in it."""
     index = {c: i for i, c in enumerate(vocabulary)}
     return torch.tensor([index[c] for c in string if c in index])
 
@@ -524,7 +526,8 @@ def characters(string: str, vocabulary: str) -> Tensor:
 
 @torch.no_grad()
 def accuracy(model: nn.Module, x: Tensor, y: Tensor, batch_size: int = 500) -> float:
-    """Top-1 accuracy in percent on images x (N, C, H, W) with labels y (N,), in eval mode."""
+    """Return the top-1 accuracy in percent on images x (N, C, H, W) with labels y (N,), in eval
+    mode."""
     device = next(model.eval().parameters(), x).device
     right = 0
     for xs, ys in zip(x.split(batch_size), y.split(batch_size), strict=True):
@@ -535,8 +538,8 @@ def accuracy(model: nn.Module, x: Tensor, y: Tensor, batch_size: int = 500) -> f
 
 @torch.no_grad()
 def perplexity(model: nn.Module, tokens: Tensor, context: int, batch_size: int = 32) -> float:
-    """exp(mean negative log-likelihood) of each next token, in eval mode. We cut tokens (length,)
-    into windows of `context` inputs that do not overlap, and drop what is left over."""
+    """Return exp(mean negative log-likelihood) of each next token, in eval mode. We cut tokens
+    (length,) into windows of `context` inputs that do not overlap, and drop what is left over."""
     device = next(model.eval().parameters(), tokens).device
     count = (len(tokens) - 1) // context
     if count < 1:
@@ -565,7 +568,7 @@ class Task:
 
 
 def draw(n: int, count: int, seed: int) -> tuple[Tensor, Tensor]:
-    """The indices of `count` inputs out of n, drawn by the seed, and those of the others."""
+    """Return the indices of `count` inputs out of n, drawn by the seed, and those of the others."""
     if not 0 < count < n:
         raise ValueError(f"samples = {count}: 1 to {n - 1} are allowed")
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
@@ -605,12 +608,13 @@ SAMPLES = {"resnet": 512, "mobilenet": 512, "gpt": 128, "resnet20": 1024}
 
 def load_task(name: str, data=None, networks=NETWORKS, seed: int = 0, split: str = "test",
               samples: int | None = None, dtype: torch.dtype | None = None) -> Task:
-    """One of the main job's networks, with its data.
+    """Return one of the main job's networks, with its data.
 
     "resnet" and "mobilenet" classify digits, and "gpt" continues Python's own help texts. Their
     trained weights lie in the folder `networks` (experiments/train.py made them). "resnet20"
     classifies CIFAR-10, whose files lie in the folder `data`. If the checkpoint is also there, it
-    is not downloaded. The seed draws `samples` calibration inputs. ValueError: an unknown name.
+    is not downloaded. The seed draws `samples` calibration inputs. Raises ValueError if the name is
+    unknown.
 
     dtype: of the network and its images. None is float32, as the networks were trained. Processors
     add up in different orders. In float32 the noise of that (1e-7) flips a rounding now and then,

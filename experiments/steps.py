@@ -239,7 +239,8 @@ def make(out: Path, name: str, rows, rules, seeds, factors, options) -> None:
               f"{record['seconds']:.0f} s ({time.perf_counter() - began:.0f} s so far)", flush=True)
 
     # First what the rows of TAKEN need, then a row at a time.
-    for rule, seed in product(TAKEN.values(), seeds):
+    needed = [TAKEN[row] for row in rows if row in TAKEN]
+    for rule, seed in product(needed, seeds):
         run(PLACES[name].start, rule, 1, seed)
     for row, rule in product(rows, rules):
         if rule in LEARNED and row in (BEST, *TAKEN):
