@@ -77,7 +77,7 @@ from flexround import (
 
 STEP_LR = 4e-4           # learning rate of log step size of an activation, if config has none
 QDROP = 0.5              # section 4: with this probability setting Q keeps a float value
-START_INPUTS = 64        # calibration inputs that start = "outputs" looks at
+START_INPUTS = 64        # calibration inputs, drawn at random, that start = "outputs" looks at
 
 # ==== Part one: the method ========================================================================
 
@@ -441,12 +441,15 @@ def place_quantizers(block: nn.Module, x_q: Tensor, x_fp: Tensor, config: Recons
     gets none for its input.
     """
     device, placed = device_of([block]), []
+    # Initial grids are found on a random draw, so that the order of your inputs decides nothing.
+    draw = torch.Generator().manual_seed(config.block_seed(index))
+    order = torch.randperm(len(x_q), generator=draw).to(x_q.device)
     with seeded(device, config.block_seed(index)):                   # a rule may draw its start
         # Activations first: their step sizes start from inputs that no new W_hat has changed. The
         # first batch decides the step size, and all batches whether a sign is needed. New LSQs are
         # in train mode. In eval mode they drop nothing while quantize_layers runs the block.
         if abits:
-            batches = (xs.to(device) for xs in x_q.split(config.batch_size))
+            batches = (x_q[some].to(device) for some in order.split(config.batch_size))
             keep_float = QDROP if config.joint else 0.0
             made = flexround.quantize_inputs(block, next(batches), abits, config.symmetric,
                                              config.p, keep_float, batches)
@@ -455,7 +458,7 @@ def place_quantizers(block: nn.Module, x_q: Tensor, x_fp: Tensor, config: Recons
         # Then weights. start = "outputs" compares what a layer returns with W_hat and with W. We
         # do that on float inputs, so that the initial s1 does not depend on the blocks before.
         if bits:
-            x = x_fp[:START_INPUTS].to(device)
+            x = x_fp[order[:START_INPUTS]].to(device)
             placed.extend(flexround.quantize_layers(block, config, bits, x).values())
     return placed
 

@@ -10,7 +10,7 @@ the sentence encoder MiniLM on SST-2.
 Each needs a package or two, and says which. EfficientNet-Lite0, Gemma and MiniLM have been measured
 (the studies lite0, gemma and minilm). ResNets and GPT-2 have not: we had neither their weights nor
 GPT-2's vocabulary. With random weights our blocks compute what the packages' networks compute
-(test_experiments.py).
+(tests/test_experiments.py).
 """
 import argparse
 import copy
