@@ -54,18 +54,21 @@ def around_the_best(held: list[dict], place: str, method: str) -> list[tuple]:
     chosen = knobs.best(held, place, method)["settings"]
     points = []
     for r in held:
-        if (r["part"], r["place"], r["method"]) == ("grid", place, method) and \
-                r["settings"][fixed] == chosen[fixed]:
-            points.append((r["settings"][moved] / chosen[moved], knobs.left(r, held)))
+        own = r["settings"]
+        if (r["part"], r["place"], r["method"]) != ("grid", place, method):
+            continue
+        if own[fixed] == chosen[fixed]:
+            points.append((own[moved] / chosen[moved], knobs.left(r, held)))
     return sorted(points)
 
 
 def from_each_start(held: list[dict], place: str, method: str) -> list[tuple]:
     """(initial s1, share that remains) of the method's best settings: from each p, then outputs."""
     found = knobs.from_starts(held, place, method)
-    points = [(i, found[name]) for i, name in enumerate(map(knobs.start_of, knobs.STARTS))
-              if name in found]
-    return [*points, (len(knobs.STARTS), knobs.left(knobs.best(held, place, method), held))]
+    best = knobs.left(knobs.best(held, place, method), held)
+    names = [knobs.start_of(own) for own in knobs.STARTS]
+    points = [(i, found[name]) for i, name in enumerate(names) if name in found]
+    return [*points, (len(names), best)]
 
 
 # What is varied, as the panels say it.
@@ -118,13 +121,15 @@ def draw_steps(ax, held: list[dict], network: str) -> list:
     ways = [way for way in WAYS if steps.cell_of(held, network, way, "adaround")]
     lines = []
     for rule, method in (RULES | LEARNED).items():
-        cells = {i: steps.cell_of(held, network, way, rule) for i, way in enumerate(ways)}
-        points = {i: statistics.median(steps.share(r, held) for r in runs)
-                  for i, runs in cells.items() if runs}
+        points = {}
+        for i, way in enumerate(ways):
+            shares = [steps.share(r, held) for r in steps.cell_of(held, network, way, rule)]
+            if shares:                                               # one for each seed
+                points[i] = statistics.median(shares)
         kept = rule in RULES                                         # it keeps s1
-        line, = ax.plot(points.keys(), points.values(), "-" if kept else "none", linewidth=2,
-                        color=COLOUR[method], marker=MARKER[method], markersize=8,
-                        markerfacecolor=None if kept else "white", markeredgewidth=2,
+        line, = ax.plot(points.keys(), points.values(), color=COLOUR[method], linewidth=2,
+                        linestyle="-" if kept else "none", marker=MARKER[method], markersize=8,
+                        markerfacecolor=COLOUR[method] if kept else "white", markeredgewidth=2,
                         label=NAME[method])
         lines += [line] if kept else []
     ax.set(yscale="log", xlim=(-0.3, len(ways) - 0.7))
@@ -138,8 +143,8 @@ def draw_steps(ax, held: list[dict], network: str) -> list:
 def steps_picture(held: list[dict] | None = None) -> plt.Figure:
     """The two-way table of experiments/steps.py: how s1 is set, and which rule then rounds."""
     held = studies.read_results(steps.HERE) if held is None else held
-    made = {r["network"] for r in held}
-    shown = [network for network in PANELS if network in made][:3]
+    shown = [network for network in PANELS
+             if steps.cell_of(held, network, "weights, p = 2", "adaround")][:3]
     figure, row = plt.subplots(1, len(shown), figsize=(4.4 * len(shown), 3.9), sharey=True,
                                layout="constrained", squeeze=False)
     for ax, network in zip(row[0], shown, strict=True):
