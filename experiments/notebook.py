@@ -124,8 +124,9 @@ def four_methods(scores: dict[str, list[float]]) -> plt.Figure:
     for ax, (name, (full, nearest, *learned)) in zip(axes, scores.items(), strict=True):
         better = 1 if full > nearest else -1                         # -1: a perplexity
         width = better * max(abs(full - score) for score in learned)
+        best = better * max(better * score for score in (full, *learned))
         left = full - 1.5 * width
-        ax.set(xlim=(left, full + 0.3 * width), ylim=(3.6, -0.8), title=name)
+        ax.set(xlim=(left, best + 0.3 * width), ylim=(3.6, -0.8), title=name)
         ax.set_xlabel("accuracy, %" if better == 1 else "perplexity (lower is better)")
         ax.axvline(full, color="k", lw=1.5, ls="--")
         ax.text(full, -0.45, "full precision ", ha="right", va="center", fontsize=11)

@@ -31,10 +31,20 @@ def test_the_main_jobs_table_is_read_as_it_is_printed():
     assert list(scores) == ["resnet", "mobilenet", "gpt"]
     for row in scores.values():
         assert len(row) == 1 + len(notebook.METHODS)
-    figure = notebook.four_methods(scores)
-    for ax, (full, *_) in zip(figure.axes, scores.values(), strict=True):
-        low, high = ax.get_xlim()                                    # from worse to better
-        assert (low < full < high) if full > 50 else (low > full > high)
+
+
+@pytest.mark.parametrize("full, nearest, learned", [
+    (99.16, 74.54, (98.99, 98.99, 99.33)),                           # one is above full precision
+    (98.49, 10.05, (95.81, 95.81, 94.97)),
+    (5.27, 12.21, (6.06, 5.77, 5.69))])                              # perplexities: right is less
+def test_each_learned_method_has_its_dot_within_the_axis(full, nearest, learned):
+    """In a first version a score above full precision was outside, and nobody was told."""
+    matplotlib.use("Agg")
+    figure = notebook.four_methods({"net": [full, nearest, *learned], "twin": [2, 1, 2, 2, 1.9]})
+    low, high = sorted(figure.axes[0].get_xlim())
+    worse, better = figure.axes[0].get_xlim()
+    assert all(low < score < high for score in (full, *learned))
+    assert (worse < better) == (full > nearest)
     matplotlib.pyplot.close(figure)
 
 
