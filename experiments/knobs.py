@@ -201,7 +201,7 @@ def best_table(held: list[dict]) -> str:
     """The best of the grid, as a Markdown table: what is left of the loss, in brackets the median
     and the worst of its runs, kept_last of the best, and what the best leaves from other starts."""
     names = [start_of(own) for own in (START, *STARTS)]
-    lines = ["| place | bits | method | settings | left (median, worst) | kept last | "
+    lines = ["| place | bits | method | settings | remains (median, worst) | kept last | "
              + " | ".join(names) + " |", "|---" * (6 + len(names)) + "|"]
     for place in dict.fromkeys(r["place"] for r in held):
         for method in GRIDS:

@@ -1,4 +1,4 @@
-"""Published networks: EfficientNet-Lite0 and ResNets on ImageNet, GPT-2 and Gemma 3 on WikiText-2,
+"""Published networks: EfficientNet-Lite and ResNets on ImageNet, GPT-2 and Gemma 3 on WikiText-2,
 the sentence encoder MiniLM on SST-2.
 
     python -m experiments.pretrained lite0 --data IMAGENET --bits 4
@@ -7,10 +7,13 @@ the sentence encoder MiniLM on SST-2.
     python -m experiments.pretrained gemma --data WIKITEXT --bits 6
     python -m experiments.pretrained minilm --data SST2 --bits 3
 
+It prints which layers get how many bits, and what the network scores before and after. --save FILE
+keeps the quantized network: our file of integers, or ONNX if FILE ends in .onnx.
+
 Each needs a package or two, and says which. EfficientNet-Lite0, Gemma and MiniLM have been measured
-(the studies lite0, gemma and minilm). ResNets and GPT-2 have not: we had neither their weights nor
-GPT-2's vocabulary. With random weights our blocks compute what the packages' networks compute
-(tests/test_experiments.py).
+(the studies lite0, gemma and minilm), Lite1 once, and Lite2 not. ResNets and GPT-2 have not either:
+we had neither their weights nor GPT-2's vocabulary. With random weights our blocks compute what the
+packages' networks compute (tests/test_experiments.py).
 """
 import argparse
 import copy
@@ -31,9 +34,10 @@ from torch.nn.utils import parametrize
 from torch.utils.data import DataLoader, Subset
 
 import models
+from experiments.integers import save_quantized
 from experiments.tools import peak_memory
 from flexround import METHODS, fold
-from reconstruct import ReconstructionConfig, quantize_model
+from reconstruct import ReconstructionConfig, bits_of_layers, quantize_model
 
 
 def need(package: str, install: str | None = None):
@@ -122,9 +126,9 @@ def depthwise_forward(layer, x):
 
 
 def lite(name: str = "lite0", size: int = 224) -> models.Blocks:
-    """EfficientNet-Lite0 or -Lite1 with its ImageNet weights, as a list of blocks: the stem, each
-    inverted residual, the last convolution, and pooling with the classifier. Batch norm is not
-    folded.
+    """EfficientNet-Lite0, -Lite1 or -Lite2 with its ImageNet weights, as a list of blocks:
+    the stem, each inverted residual, the last convolution, and pooling with the classifier. Batch
+    norm is not folded.
 
     size: pixels of an image's side. (TensorFlow's padding depends on it.)
     """
@@ -502,15 +506,50 @@ def minilm_task(data, samples=None, seed=0, split="test") -> models.Task:
 
 # ---- The command line ----------------------------------------------------------------------------
 
+def who_gets(blocks, bits: int, end_bits: int | None) -> str:
+    """Which layers get how many bits, as a line: "8 bits: 0.0, 18.2; 4 bits: 47 layers ..."."""
+    names = {}
+    for i, layers in enumerate(bits_of_layers(blocks, bits, end_bits)):
+        for name, own in layers.items():
+            names.setdefault(own, []).append(f"{i}.{name}".rstrip("."))
+    parts = []
+    for own, found in names.items():
+        listed = ", ".join(found) if len(found) < 4 else \
+            f"{len(found)} layers from {found[0]} to {found[-1]}"
+        parts.append(f"{own} bits: {listed}")
+    return "; ".join(parts)
+
+
+def check_save(args) -> None:
+    """Say before any work what would keep us from writing the file of --save."""
+    if len(args.method) * len(args.bits) > 1:
+        raise ValueError("--save keeps one network: give one method and one number of bits")
+    if not Path(args.save).absolute().parent.is_dir():
+        raise FileNotFoundError(f"--save {args.save}: there is no such folder")
+    if args.save.endswith(".onnx"):
+        for package in ("onnx", "onnxscript"):
+            need(package)
+
+
+def save(net: nn.Module, x: Tensor, path: str) -> None:
+    """Write a quantized network: as ONNX if path ends so, else as our file of integers."""
+    if path.endswith(".onnx"):
+        from experiments.onnx_file import save_onnx
+        save_onnx(net, x, path)
+    else:
+        save_quantized(net, path)
+
+
 def main(arguments=None) -> None:
     flags = argparse.ArgumentParser(prog="python -m experiments.pretrained", description=(
         "Quantize a published network, and score it."))
     add = flags.add_argument
-    add("name", choices=["lite0", "resnet18", "resnet50", "gpt2", "gemma", "minilm"])
+    add("name", choices=["lite0", "lite1", "lite2", "resnet18", "resnet50", "gpt2", "gemma",
+                         "minilm"])
     add("--data", required=True, help="folder of ImageNet (train, val), of WikiText-2's files, or "
         "of SST-2's (minilm)")
     add("--checkpoint", help="file of the weights. None: torchvision downloads a ResNet's")
-    add("--pixels", type=int, default=224, help="lite0: of an image's side")
+    add("--pixels", type=int, default=224, help="lite0 to lite2: of an image's side")
     add("--tokenizer", default="openai-community/gpt2", help="gpt2: a name, or a folder")
     add("--method", nargs="+", default=["flexround"])
     add("--bits", nargs="+", type=int, default=[4])
@@ -518,7 +557,7 @@ def main(arguments=None) -> None:
     add("--setting", default="B", help="with --abits: B or Q")
     add("--iterations", type=int, help="per block. None: the paper's 5,000, for a text 500")
     add("--lr", type=float, help="first rate. None: the method's")
-    add("--samples", type=int, help="calibration inputs. None: 1,024 images (lite0: 256), 128 "
+    add("--samples", type=int, help="calibration inputs. None: 1,024 images (lite: 256), 128 "
         "sequences (gemma: 32) or sentences")
     add("--windows", type=int, default=20, help="gemma: how many windows of 256 tokens are scored")
     add("--seed", type=int, default=0)
@@ -526,7 +565,10 @@ def main(arguments=None) -> None:
         "chosen on")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--cache-device", help="cpu keeps cached activations off a GPU")
+    add("--save", metavar="FILE", help="the quantized network: integers, or ONNX by FILE's ending")
     args = flags.parse_args(arguments)
+    if args.save:
+        check_save(args)
     text = args.name in ("gpt2", "gemma", "minilm")
     options = args.samples, args.seed, args.split
     if args.name == "gpt2":
@@ -535,8 +577,8 @@ def main(arguments=None) -> None:
         task = gemma_task(args.data, *options, args.windows)
     elif args.name == "minilm":
         task = minilm_task(args.data, *options)
-    elif args.name == "lite0":
-        task = lite_task(args.data, args.pixels, *options)
+    elif args.name.startswith("lite"):
+        task = lite_task(args.data, args.pixels, *options, args.name)
     else:
         task = imagenet_task(args.name, args.data, args.checkpoint, *options)
     # The paper's exception of the first and the last layer is one for CNNs.
@@ -549,6 +591,8 @@ def main(arguments=None) -> None:
                for bits in args.bits for method in args.method]      # an error comes before work
     print(f"{args.name}: {task.about}\nin full precision "
           f"{task.score(task.net.to(args.device)):.2f}", flush=True)
+    for bits in args.bits:
+        print(who_gets(task.net.blocks, bits, end_bits), flush=True)
     for config in configs:
         task.net.cpu()                                               # a block at a time is moved
         began = time.perf_counter()
@@ -558,8 +602,12 @@ def main(arguments=None) -> None:
             score = task.score(task.net.to(args.device))
         print(f"W{config.bits}{f'A{config.abits}' if config.abits else ''} "
               f"{METHODS[config.method].__name__}: {score:.2f} ({seconds:.0f} s)", flush=True)
+        if args.save:
+            save(task.net.cpu(), task.calibration[:2], args.save)
         fold(task.net, keep=False)                                   # float again
     print(f"peak memory: {peak_memory(args.device)}")
+    if args.save:
+        print(f"{args.save}: {Path(args.save).stat().st_size:,} bytes")
 
 
 if __name__ == "__main__":

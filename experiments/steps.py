@@ -256,10 +256,12 @@ def make(out: Path, name: str, rows, rules, seeds, factors, options) -> None:
 # ---- The tables ----------------------------------------------------------------------------------
 
 def share(record: dict, held: list[dict]) -> float:
-    """What a run leaves of the loss that round to nearest has from the paper's start, on unseen
-    inputs: the geometric mean over the blocks."""
+    """Return the share of round to nearest's loss, from the paper's initial s1, that remains on
+    unseen inputs: the geometric mean over the blocks. nan if that run was not made."""
     nearest = [r for r in held if (r["network"], r["step"], r["rule"], r["seed"]) ==
                (record["network"], "weights, p = 2", "rtn", record["seed"])]
+    if not nearest:
+        return math.nan
     logs = [math.log(a / b) for a, b in zip(record["unseen"], nearest[0]["unseen"], strict=True)]
     return math.exp(statistics.mean(logs))
 
