@@ -138,8 +138,7 @@ def place_quantizers(block: nn.Module, config: ReconstructionConfig, bits: dict[
                      grids: dict | None) -> None:
     """Put quantizers on a block: on the grids that we pass, or (None) on those of config.start."""
     if grids is None:
-        skip = {name for name, _ in block.named_modules() if name not in bits}
-        flexround.quantize_layers(block, config, bits, skip, x)
+        flexround.quantize_layers(block, config, bits, x)
         return
     for name, layer in flexround.quantizable_layers(block).items():
         q = METHODS[config.method](layer.weight, bits[name], grid=grids[name])

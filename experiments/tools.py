@@ -1,5 +1,5 @@
 """What only experiments need: how far weights moved, unequal channels, rules and optimizers of no
-paper, and a GPT's text."""
+paper, and how much memory a run took."""
 import sys
 from contextlib import contextmanager
 from unittest import mock
@@ -91,17 +91,6 @@ def plain_sgd():
 
     with mock.patch("torch.optim.Adam", make):
         yield
-
-
-@torch.no_grad()
-def sample(net: models.GPT, tokens: Tensor, count: int, seed: int = 0) -> Tensor:
-    """tokens (B, T) and `count` more, each drawn from what net makes of the last `context`."""
-    generator = torch.Generator().manual_seed(seed)
-    for _ in range(count):
-        logits = net(tokens[:, -net.context:].to(next(net.parameters()).device))[:, -1]    # (B, V)
-        drawn = torch.multinomial(logits.float().softmax(1).cpu(), 1, generator=generator)
-        tokens = torch.cat([tokens, drawn], 1)
-    return tokens
 
 
 def peak_memory(device: str) -> str:
