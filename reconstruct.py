@@ -46,7 +46,7 @@ How we differ from the paper and from the authors' code, and why
 - The paper states neither the loss's reduction nor a schedule of the learning rate. We follow the
   authors' code. But it always sums over dim 1, which for a GPT is the tokens: see block_loss.
 - The learning rate of the activations' step sizes is 4e-4 in both settings. The paper has 4e-4 in
-  B and 4e-5 in Q. We found no difference (experiments/RESULTS.md, minilm-steps).
+  B and 4e-5 in Q.
 """
 import argparse
 import copy

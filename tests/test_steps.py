@@ -1,0 +1,95 @@
+"""Guards: the two-way table of experiments/steps.py, its rules and its page."""
+import copy
+import math
+import re
+
+import pytest
+import torch
+from torch import nn
+
+import flexround
+from experiments import steps, studies
+from flexround import quantizers
+from helpers import ROOT, correlated, weight
+from reconstruct import ReconstructionConfig, quantize_model, reconstruct_block
+
+FAST = dict(bits=2, iterations=20, batch_size=8, end_bits=None)
+
+
+def layers():
+    torch.manual_seed(0)
+    return [nn.Linear(6, 6), nn.Sequential(nn.ReLU(), nn.Linear(6, 6))]
+
+
+@pytest.mark.parametrize("rule, learns", [("adaquant-fixed", False), ("flexround-fixed", False),
+                                          ("adaround-outer", True)])
+def test_what_becomes_of_s1(rule, learns):
+    """A column is called fixed or learned, so s1 has to stay or to move. All begin alike."""
+    x, (layer, _) = correlated(40, 6), layers()
+    y = layer(x).detach()
+    config = ReconstructionConfig(rule, **FAST, lr=0.05, s1_lr=0.05)
+    steps.place_quantizers(layer, config, {"": 2}, x, None)
+    q = quantizers(layer)[""].eval()
+    s1, W = q.s1.detach().clone(), layer.parametrizations.weight.original
+    nearest = flexround.RoundToNearest(W, 2)
+    assert torch.equal(q.s1, nearest.s1) and torch.equal(q.codes(W), nearest.codes(W))
+    report = reconstruct_block(layer, x, y, config)
+    assert report.best_iteration > 0 and torch.equal(q.s1, s1) != learns
+
+
+def test_the_outer_step_leaves_the_floors_where_they_were():
+    """s0 says what up and down are. If s1 grows, W_hat grows with it and the codes stay."""
+    W = weight((4, 5))
+    q = steps.OuterAdaRound(W, 3).eval()
+    codes, W_hat = q.codes(W), q(W).detach()
+    with torch.no_grad():
+        q.log_s1.add_(math.log(2.0))
+    assert torch.equal(q.codes(W), codes)
+    torch.testing.assert_close(q(W).detach(), 2 * W_hat)
+
+
+def test_each_block_keeps_the_start_with_the_least_unseen_loss_and_grids_are_taken():
+    """One start in a list of one is the driver's own loop. Of two, no block gets the worse one."""
+    x, config = correlated(48, 6), ReconstructionConfig("flexround", **FAST)
+    found = {}
+    for name, starts in (("p2", [{"p": 2.0}]), ("p05", [{"p": 0.5}]),
+                         ("both", [{"p": 0.5}, {"p": 2.0}])):
+        blocks = layers()
+        found[name] = steps.quantize(blocks, x[:32], x[32:], config, starts, None)
+        if name == "p2":
+            whole = layers()
+            quantize_model(whole, x[:32], config)
+            for mine, theirs in zip(blocks, whole, strict=True):
+                assert torch.equal(mine(x), theirs(x))
+            grids = [{n: (q.log_s1.detach(), q.zero_point) for n, q in quantizers(b).items()}
+                     for b in blocks]
+    assert found["both"][0] == min(found["p2"][0], found["p05"][0])
+    blocks = layers()
+    steps.quantize(blocks, x[:32], x[32:], ReconstructionConfig("adaround", **FAST), [{}], grids)
+    for block, own in zip(blocks, grids, strict=True):
+        for name, q in quantizers(block).items():
+            assert torch.equal(q.log_s1, own[name][0])
+
+
+def test_a_cell_takes_the_learning_rate_that_the_first_seed_chose():
+    """The unseen loss of seed 0 decides, and never the score. The other seeds follow."""
+    def run(factor, seed, unseen, score):
+        return {"network": "n", "step": "outputs", "rule": "adaround", "factor": factor,
+                "seed": seed, "unseen": unseen, "score": score}
+
+    held = [run(1, 0, [2.0, 2.0], 90.0), run(4, 0, [1.0, 3.0], 10.0), run(1, 1, [1.0, 1.0], 95.0),
+            run(4, 1, [9.0, 9.0], 20.0)]
+    assert [r["score"] for r in steps.cell_of(held, "n", "outputs", "adaround")] == [10.0, 20.0]
+    nearest = [{**copy.deepcopy(run(1, seed, [4.0, 4.0], 1.0)), "rule": "rtn",
+                "step": "weights, p = 2"} for seed in (0, 1)]
+    assert steps.share(held[0], held + nearest) == pytest.approx(0.5)
+    assert math.isnan(steps.share(held[0], held))
+
+
+def test_the_page_shows_the_runs():
+    """A table that was written by hand would rot."""
+    held = studies.read_results(steps.HERE)
+    page = (ROOT / "experiments" / "RESULTS.md").read_text(encoding="utf-8")
+    shown = re.search(r"<!-- steps -->\n(.*?)\n<!-- end -->", page, re.S)[1]
+    names = dict.fromkeys(r["network"] for r in held)
+    assert shown == "\n\n".join(steps.table(held, name) for name in names)
