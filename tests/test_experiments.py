@@ -19,7 +19,18 @@ from torch.nn.utils.parametrizations import weight_norm
 
 import flexround
 import models
-from experiments import gpu, instructions, knobs, pretrained, studies, timing, tools, train
+from experiments import (
+    gpu,
+    instructions,
+    knobs,
+    onnx_study,
+    pretrained,
+    steps,
+    studies,
+    timing,
+    tools,
+    train,
+)
 from experiments.integers import (
     checksum,
     integer_forward,
@@ -226,7 +237,7 @@ def test_a_wrong_command_says_what_is_needed(arguments, message, tmp_path, monke
 def test_the_commands_of_the_pages_and_their_flags(capsys):
     """A command on a page that does not exist is worse than none."""
     known = {}
-    for module in (studies, timing, pretrained, gpu, knobs):
+    for module in (studies, timing, pretrained, gpu, knobs, onnx_study, steps):
         with pytest.raises(SystemExit):
             module.main(["--help"])
         known[module.__name__] = capsys.readouterr().out

@@ -82,7 +82,7 @@ def test_a_rule_can_round_with_the_s1_that_another_rule_has_learned():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Sequential(nn.Linear(6, 5), nn.ReLU()), nn.Linear(5, 4))
     x = torch.randn(32, 6)
-    config = ReconstructionConfig("flexround", 3, iterations=4, end_bits=None)
+    config = ReconstructionConfig("flexround", 3, iterations=4, batch_size=8, end_bits=None)
     one, other = list(copy.deepcopy(net)), list(copy.deepcopy(net))
     steps.quantize(one, x[:16], x[16:], config, [{"start": "outputs"}], None)
     grids = [{layer: (q.log_s1.detach(), q.zero_point) for layer, q in quantizers(block).items()}
