@@ -8,10 +8,10 @@ on Element-wise Division for Post-Training Quantization", ICML 2023, arXiv:2306.
     AdaQuant           W_hat = s1 * round((W + V) / s1)               addition; s1 learned
     FlexRound          W_hat = s1 * round(W / (s1 * S2 * s3 * s4))    division; all learned (Eq. 2)
 
-Each round() is followed by a clamp to the codes that b bits can hold.
+What was rounded is then clamped to the codes that b bits can hold.
 
-Why W_hat is multiplied by s1 alone. S2, s3 and s4 only choose the code. What is stored is k and s1,
-a uniform grid, so they cost nothing in use.
+We multiply by s1 alone, because S2, s3 and s4 only choose the code. What is stored is the code and
+the grid (s1, and z below), so these three cost nothing in use.
 
     symbol   shape for a linear layer   shape for a convolution   initial value
     W        (C_out, C_in)              (C_out, C_in, H, W)       pre-trained, never changed
@@ -21,14 +21,14 @@ a uniform grid, so they cost nothing in use.
     s4       absent                     (1, C_in, 1, 1)           ones
 
 s1 is the step size of the grid. C_in is W.shape[1]. A depthwise or grouped convolution therefore
-needs no case of its own: it has few s4. With S2 = s3 = s4 = 1 FlexRound is round to nearest, and
-that is where training starts.
+needs no case of its own: its C_in, and so its number of s4, is small. With S2 = s3 = s4 = 1
+FlexRound is round to nearest, and that is where training starts.
 
     code     the integer that is stored: -2^(b-1)..2^(b-1)-1 (symmetric) or 0..2^b-1 (asymmetric)
     z        zero_point, the code of the weight 0; 0 on a symmetric grid; an integer, never learned
     k        code - z, so that W_hat = s1 * k
     u        the number that is rounded: W / (s1 S2 s3 s4) for FlexRound
-    inside   1 where lo <= round(u) + z <= hi before clamping, 0 elsewhere
+    inside   1 where the code round(u) + z exists, so that the clamp changes nothing, 0 elsewhere
 
 How we differ from the paper, and why
 
@@ -72,7 +72,8 @@ class Clamp(torch.autograd.Function):
     At few bits many weights round to the first or the last code, so what happens exactly there
     matters. We own the mask, so that a change of torch.clamp cannot move results. Where x has been
     rounded, a weight is inside as long as it *rounds* to a code that exists, as u = hi + 0.4 does.
-    Beyond, only s1 gets a gradient: the code cannot change, but W_hat = s1 k still moves with s1.
+    Outside the grid only a learned s1 gets a gradient: the code cannot change, but W_hat = s1 k
+    still moves with s1.
     """
 
     @staticmethod
@@ -107,7 +108,7 @@ class RoundToNearest(nn.Module):
 
     learns_s1 = False
     default_lr = 1e-3                # learning rate. A rule that learns should have its own
-    default_s1_lr = None             # learning rate of log s1. None: that of lr
+    default_s1_lr = None             # learning rate of log s1. None: the same as lr
 
     def __init__(self, W: Tensor, bits: int, symmetric: bool = True, per_channel: bool = False, *,
                  p: float = 2.0, grid: tuple[Tensor, Tensor] | None = None):
@@ -128,14 +129,15 @@ class RoundToNearest(nn.Module):
     @property
     def s1(self) -> Tensor:
         """The step size of the grid, () or (C_out, 1[, 1, 1])."""
-        if self.log_s1.dtype in (torch.float16, torch.bfloat16):
-            raise ValueError(f"a {type(self).__name__} was cast to {self.log_s1.dtype}, and its "
-                             "codes would change: call flexround.fold first, then cast")
         return self.log_s1.exp()
 
     @property
     def bounds(self):
-        """The smallest and the largest k = code - zero_point."""
+        """The smallest and the largest k = code - zero_point. Raises ValueError if the quantizer
+        was cast to half precision, because its codes would be others."""
+        if self.log_s1.dtype in (torch.float16, torch.bfloat16):
+            raise ValueError(f"a {type(self).__name__} was cast to {self.log_s1.dtype}, and its "
+                             "codes would change: call flexround.fold first, then cast")
         if self.symmetric:                                           # zero_point is 0
             return self.lo, self.hi
         return self.lo - self.zero_point, self.hi - self.zero_point
@@ -199,7 +201,7 @@ class FlexRound(RoundToNearest):
     for each input channel. The head of this file has their shapes and initial values.
 
     Proposition 3.1 (the reciprocal rule): with S' = S2 * s3 (* s4), a weight inside the grid has
-    dL/dS' = -(W / S'^2) * dL/dW_hat. So the gradient grows with the weight. Spelled out, with
+    dL/dS' = -(W / S'^2) * dL/dW_hat. So at equal dL/dW_hat it grows with |W|. Spelled out, with
     G = dL/dW_hat and a sum over all weights that share the factor:
 
         dL/dS2 =     -inside G W / (S2^2 s3 s4)        dL/ds3 = sum -inside G W / (S2 s3^2 s4)
@@ -208,13 +210,13 @@ class FlexRound(RoundToNearest):
     A weight outside the grid gives nothing to S2, s3 and s4. To s1 it gives G k, because W_hat is
     still s1 times the last code.
 
-    What learns is the logarithm of each factor. Its gradient is the factor's times the factor,
-    dL/dlog S2 = S2 dL/dS2: the exp in S multiplies by that factor on the way back. Adam then
-    divides the size of a gradient out. What remains of the rule is this: an update d of a logarithm
-    moves u by about |u| d, so a large weight travels further than a small one.
+    What learns is the logarithm of each factor, and dL/dlog S2 = S2 dL/dS2: the exp in S multiplies
+    by the factor on the way back. Adam then divides the size of a gradient out, so all logarithms
+    move by similar amounts d. What remains of the rule is this: u changes by about |u| d, so a
+    large weight travels further than a small one.
 
     For the two ablations of the paper's Table 1, learn_s1=False keeps the initial s1, and
-    use_s3_s4=False leaves s3 and s4 out. They are then None, as s4 is for a linear layer.
+    use_s3_s4=False leaves s3 and s4 out. s3 and s4 are then None, as s4 is for a linear layer.
     """
 
     default_lr = 3.2e-2
@@ -259,7 +261,8 @@ class FlexRound(RoundToNearest):
 
 # ---- The initial grid: from the weights ----------------------------------------------------------
 #
-# Before anything is learned, s1 and zero_point are those with the smallest error of the weights.
+# Before anything is learned, s1 and zero_point are those with the smallest error of the weights,
+# of all that we try.
 
 def code_range(bits: int, symmetric: bool, name: str = "bits") -> tuple[int, int]:
     """Return the first and the last code (lo, hi) of a uniform grid. 3 bits: (-4, 3) or (0, 7).
@@ -477,7 +480,7 @@ class AdaRound(RoundToNearest):
     fixed, because it defines what up and down are. So AdaRound depends on a good initial s1.
     """
 
-    default_lr = 0.3                 # V is a logit: Adam moves it by lr * iterations / 2 at most
+    default_lr = 0.3                 # V is a logit: Adam moves it by about lr * iterations / 2
     default_reg_weight = 1e4         # the regulariser's coefficient, see adaround_loss
 
     def __init__(self, W, bits, symmetric=True, per_channel=False, **initial):
@@ -515,8 +518,8 @@ def adaround_loss(loss: Tensor, rules: list[AdaRound], reg_weight: float, share,
 
     BRECQ's coefficient is 0.01, in the unit of the loss. In a block whose loss is a thousand times
     larger, that would close no h. So we take a loss that is divided by its value before learning,
-    and share the coefficient out among the weights of the block. We searched it
-    (experiments/SEARCHES.md). From 10,000 on it hardly matters.
+    and share the coefficient out among the weights of the block. We searched the
+    coefficient (experiments/SEARCHES.md). From 10,000 on it hardly matters.
 
     Args:
         loss: the block's loss, divided by round to nearest's.
@@ -569,10 +572,10 @@ def grid_from_outputs(layer: nn.Module, inputs: list[Tensor], bits: int, symmetr
 
     A step size that is good for the weights can be bad for what the layer computes. Depthwise
     layers show it best: a few large channels ask for a large step size, and most weights of the
-    other channels then round to zero. AdaRound can make such a weight 0 or s1 and nothing else. So
-    a method that keeps its initial s1 needs one that knows the inputs. The reverse exists, too: if
-    a few channels own the output, and a norm after the layer makes them small again, the output
-    asks for a step size that is far too large (MiniLM in experiments/SEARCHES.md).
+    other channels then round to zero. AdaRound can move such a weight by one step and no further.
+    So a method that keeps its initial s1 needs one that knows the inputs. The reverse exists, too:
+    if a few channels dominate the output, and a norm after the layer makes them small again, the
+    output asks for a step size that is far too large (MiniLM in experiments/SEARCHES.md).
 
     Args:
         layer: an nn.Linear or nn.Conv2d, float.

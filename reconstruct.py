@@ -29,8 +29,8 @@ Activations (section 4). With `abits` we also round the input of each quantized 
 with a learned step size (flexround.LSQ). The paper has two settings:
 
     B   two passes of the loop: the first learns the weights' factors, the second the step sizes
-    Q   one pass that learns both. Meanwhile an element of an activation stays unrounded with
-        probability 0.5 (QDrop), in the block's input and in the input of each layer
+    Q   one pass that learns both. Meanwhile, with probability 0.5 (QDrop), an element of a layer's
+        input stays unrounded, and an element of the block's input is X and not X_tilde
 
 This file has three parts. Part one is the method, from top to bottom. Part two keeps a long run
 safe, and you need it only if you bring your own network. Part three is the command line.
@@ -38,7 +38,7 @@ safe, and you need it only if you bring your own network. Part three is the comm
 How we differ from the paper and from the authors' code, and why
 
 - We evaluate the state before learning and four later states on all calibration inputs, and keep
-  the best. So the result is never worse than round to nearest there.
+  the best. So no block ends worse than it began, on these inputs.
 - All methods share the optimizer (Adam), the decay of learning rates (a cosine to 0), the number of
   iterations and the batches. The learning rates, and what only one method has, are each method's
   own, and we searched all of them. The paper uses BRECQ's settings for AdaRound and AdaQuant.
@@ -107,7 +107,7 @@ class ReconstructionConfig:
     abits: int | None = None         # bits of each quantized layer's input. None: it stays float
     setting: str = "B"               # with abits. B: weights, then step sizes. Q: both at once
     step_lr: float | None = None     # learning rate of a step size's logarithm. None: STEP_LR
-    end_bits: int | None = 8         # bits of the first and the last layer. None: bits, as all
+    end_bits: int | None = 8         # bits of the first and the last layer. None: as all others
     device: str | None = None        # blocks compute there in turn. None: where the first one is
     cache_device: str | None = None  # holds the activations. None: the device that computes
     cuda_graph: bool = False         # on CUDA, record the gradients once: see recorded
@@ -181,8 +181,8 @@ def block_loss(y: Tensor, y_fp: Tensor, channel_dim: int | None = None) -> Tenso
 
     channel_dim says which dim the channels are. None is dim 1 of a convolution's (N, C, H, W), and
     the last dim of anything else, such as (N, C) or a GPT's (B, T, C). An output (N,) has no
-    channels, and the mean is all. For other orders, such as (N, H, W, C) or (N, C, L), pass it.
-    Raises ValueError if the shapes differ.
+    channels, and we only take the mean. For other orders, such as (N, H, W, C) or (N, C, L), pass
+    it. Raises ValueError if the shapes differ.
     """
     if y.shape != y_fp.shape:
         raise ValueError(f"the block returns {tuple(y.shape)}, its target has {tuple(y_fp.shape)}")
@@ -259,8 +259,8 @@ def make_iteration(block: nn.Module, x_q: Tensor, y_fp: Tensor, config: Reconstr
     adarounds = [q for q in placed if isinstance(q, AdaRound)]
     reg_weight = config.effective("reg_weight") if adarounds else None
 
-    def strength(i):
-        """What gradients takes as `strength`: AdaRound's share and beta, else nothing."""
+    def schedule_at(i):
+        """Return what gradients takes as `strength`: AdaRound's share and beta, else nothing."""
         return AdaRound.schedule(i / total) if adarounds else ()
 
     def gradients(x, y, *strength):
@@ -280,7 +280,7 @@ def make_iteration(block: nn.Module, x_q: Tensor, y_fp: Tensor, config: Reconstr
         return loss.detach()
 
     if config.cuda_graph and device.type == "cuda":
-        gradients = recorded(gradients, drawn(x_q, 0), drawn(y_fp, 0), *strength(0))
+        gradients = recorded(gradients, drawn(x_q, 0), drawn(y_fp, 0), *schedule_at(0))
 
     def iterate(i):
         # 1. The learning rates. They fall to 0 along half a cosine: large updates first, to leave
@@ -299,7 +299,7 @@ def make_iteration(block: nn.Module, x_q: Tensor, y_fp: Tensor, config: Reconstr
             x = torch.where(kept, drawn(x_fp, i), x)
 
         # 4. The loss and its gradients, as above.
-        loss = gradients(x, y, *strength(i))
+        loss = gradients(x, y, *schedule_at(i))
 
         # 5. Adam's update. The loss is reported in its own unit.
         optimizer.step()
@@ -310,7 +310,7 @@ def make_iteration(block: nn.Module, x_q: Tensor, y_fp: Tensor, config: Reconstr
 
 @torch.no_grad()
 def evaluate(block: nn.Module, x: Tensor, y_fp: Tensor, config: ReconstructionConfig) -> float:
-    """Return block_loss over all of x, a batch at a time. A number, so it waits for the device."""
+    """Return block_loss over all of x, a batch at a time, as a float. So we wait for the device."""
     device, total = device_of([block]), 0.0
     # Within cached() each weight is quantized once, not for each batch.
     with parametrize.cached():
@@ -449,13 +449,13 @@ def place_quantizers(block: nn.Module, x_q: Tensor, x_fp: Tensor, config: Recons
     gets none for its input.
     """
     device, placed = device_of([block]), []
-    # Initial grids are found on a random draw, so that the order of the inputs decides nothing.
+    # Initial grids are found on inputs that are drawn at random, so that sorted ones do no harm.
     draw = torch.Generator().manual_seed(config.block_seed(index))
     order = torch.randperm(len(x_q), generator=draw, device="cpu").to(x_q.device)
     with seeded(device, config.block_seed(index)):                   # a rule may draw its start
-        # Activations first: their step sizes start from inputs that no new W_hat has changed. The
-        # first batch decides the step size, and all batches whether a sign is needed. New LSQs are
-        # in train mode. In eval mode they drop nothing while quantize_layers runs the block.
+        # Activations first: their step sizes are found on inputs that no new W_hat has changed. The
+        # first batch decides each step size. The other batches only show whether a layer gets
+        # negative values. New LSQs are in train mode, in which setting Q drops, so we change that.
         if abits:
             batches = (x_q[some].to(device) for some in order.split(config.batch_size))
             keep_float = QDROP if config.joint else 0.0
@@ -463,8 +463,8 @@ def place_quantizers(block: nn.Module, x_q: Tensor, x_fp: Tensor, config: Recons
                                              config.p, keep_float, batches)
             placed.extend(made.values())
             block.eval()
-        # Then weights. start = "outputs" compares what a layer returns with W_hat and with W. We
-        # do that on float inputs, so that the initial s1 does not depend on the blocks before.
+        # Then weights. start = "outputs" compares what a layer returns with W_hat and with W. The
+        # block gets x_fp for it, so that the initial s1 does not depend on the blocks before.
         if bits:
             x = x_fp[order[:START_INPUTS]].to(device)
             placed.extend(flexround.quantize_layers(block, config, bits, x).values())
@@ -531,13 +531,13 @@ def quantize_model(blocks, calibration: Tensor, config: ReconstructionConfig, sh
         skip: layers that stay float, by the name "<block>.<layer>".
 
     Returns:
-        A report for each block that was learned. With abits, setting B has a second report for
-        each block, of its step sizes (but not with rtn).
+        A report for each block that this call has learned. With abits, setting B has a second
+        report for each block, of its step sizes (but not with rtn).
 
     Raises:
         ValueError: check_network refuses the network, or quantizers are in place that are not
             config's. This comes before any work.
-        FloatingPointError: a loss is not finite. On any exception that block is as before, and
+        FloatingPointError: a loss is not finite. On any exception that block is float again, and
             the earlier ones stay quantized.
     """
     blocks = list(nn.ModuleList(blocks))

@@ -4,8 +4,8 @@
 
 This prints a small ResNet's accuracy on handwritten digits: in full precision, and with weights of
 2 bits (8 in the first and the last layer) by round to nearest and by FlexRound. Where the paper
-leaves a choice, we take logarithms to keep the factors positive, let a clamped weight have the
-gradient 0, and use flexround.py's learning rates. README's table starts from another s1.
+leaves a choice, we take logarithms to keep the factors positive, give the scales of a clamped
+weight the gradient 0, and use flexround.py's learning rates. README's table starts from another s1.
 """
 import copy
 
