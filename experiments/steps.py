@@ -7,9 +7,10 @@ Each row of the table is a way to set the step size s1, each column a rule. Some
 (round to nearest, AdaRound, and AdaQuant and FlexRound without their learned s1), others learn it
 from there (AdaQuant, FlexRound, and AdaRound with an outer step of its own).
 
-For each cell we try three learning rates: the one that experiments/knobs.py found for the method, a
-quarter of it, and four times as much. The first seed decides, by the loss on inputs that no rule
-has learned from. The other seeds are run with that learning rate. No test data are used for it.
+For each cell we can try several learning rates (--factors): by default the one that
+experiments/knobs.py found for the method, a quarter of it, and four times as much. The first seed
+decides, by the loss on inputs that no rule has learned from. The other seeds are run with that
+learning rate. No test data are used for it. RESULTS.md says which cells had how many.
 """
 import argparse
 import copy
@@ -294,6 +295,8 @@ def explained(held: list[dict], name: str, rows=None) -> str:
     rule, and how much neither alone (two-way analysis of variance of the median log share)."""
     rules = [rule for rule in FIXED if rule != "rtn"]
     rows = [row for row in rows or ROWS if all(cell_of(held, name, row, rule) for rule in rules)]
+    if len(rows) < 2:
+        return f"{name}: too few rows with all rules to say what the step explains"
     cells = np.array([[statistics.median(math.log(share(r, held)) for r in
                                          cell_of(held, name, row, rule)) for rule in rules]
                       for row in rows])
