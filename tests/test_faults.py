@@ -7,6 +7,8 @@ import functools
 import os
 import random
 import resource
+import subprocess
+import sys
 import threading
 import warnings
 
@@ -27,6 +29,7 @@ from experiments.integers import (
     weight_of,
 )
 from flexround import RoundToNearest, fold, input_quantizers, quantize_layers, quantizers
+from helpers import ROOT
 from reconstruct import ReconstructionConfig, bits_of_layers, quantize_model
 
 
@@ -680,3 +683,32 @@ def test_weight_of_reads_what_integers_of_wrote(tmp_path):
                 save_quantized(net, tmp_path / "a")
                 entry = torch.load(tmp_path / "a", weights_only=True)["layers"]["0"]
                 assert torch.equal(weight_of(entry), net[0].weight)
+
+
+def test_four_files_are_enough_beside_modules_of_the_same_names(tmp_path):
+    """A user may have a module `models` and a package `experiments`. Then ours are not on the path,
+    and copies of four files have to do, models.py under another name."""
+    for name, copy_of in (("flexround.py", "flexround.py"), ("reconstruct.py", "reconstruct.py"),
+                          ("integers.py", "experiments/integers.py"), ("nets.py", "models.py")):
+        (tmp_path / name).write_text((ROOT / copy_of).read_text(encoding="utf-8"))
+    (tmp_path / "models.py").write_text("raise ImportError('this is the user\\'s')")
+    (tmp_path / "experiments").mkdir()
+    (tmp_path / "experiments" / "__init__.py").write_text("raise ImportError('the user\\'s, too')")
+    (tmp_path / "own.py").write_text("""
+import torch
+from integers import load_quantized, save_quantized
+from nets import ResNet, fold_batchnorm
+from reconstruct import ReconstructionConfig, quantize_model
+
+torch.manual_seed(0)
+x = torch.randn(8, 1, 8, 8)
+net, fresh = (fold_batchnorm(ResNet((4,), 1, channels=1).eval(), x) for _ in range(2))
+quantize_model(net.blocks, x, ReconstructionConfig(iterations=2, batch_size=4))
+save_quantized(net, "net.int")
+load_quantized(fresh, "net.int")
+assert torch.equal(fresh(x), net(x))
+""")
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    done = subprocess.run([sys.executable, "own.py"], cwd=tmp_path, env=environment, text=True,
+                          capture_output=True)
+    assert done.returncode == 0, done.stderr
