@@ -550,7 +550,7 @@ def edits():
     yield "zero point is", ("inputs", "0"), lambda e: e.update(zero_point=torch.tensor(-99).int())
 
 
-@pytest.mark.parametrize("message, place, change", edits())
+@pytest.mark.parametrize("message, place, change", list(edits()))
 def test_an_entry_that_is_no_layer_is_refused(message, place, change, tmp_path):
     """Whether the checksum is the old one or, from another program, a right one."""
     _, path = saved(tmp_path)
