@@ -91,6 +91,7 @@ def test_the_studies_are_the_files_runs():
         assert sorted(map(str, ours)) == sorted(map(str, theirs)), study
 
 
+@pytest.mark.slow
 def test_a_study_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
     """Studies take hours: what a file holds must not be made again, nor be passed off as new."""
     out = tmp_path / "mine.jsonl"

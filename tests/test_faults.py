@@ -685,6 +685,7 @@ def test_weight_of_reads_what_integers_of_wrote(tmp_path):
                 assert torch.equal(weight_of(entry), net[0].weight)
 
 
+@pytest.mark.slow
 def test_four_files_are_enough_beside_modules_of_the_same_names(tmp_path):
     """A user may have a module `models` and a package `experiments`. Then ours are not on the path,
     and copies of four files have to do, models.py under another name."""
