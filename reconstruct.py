@@ -532,7 +532,8 @@ def quantize_model(blocks, calibration: Tensor, config: ReconstructionConfig, sh
 
     Returns:
         A report for each block that this call has learned. With abits, setting B has a second
-        report for each block, of its step sizes (but not with rtn).
+        report for each block, of its step sizes (but not with rtn). There "no gain" is usual, and
+        it does no harm.
 
     Raises:
         ValueError: check_network refuses the network, or quantizers are in place that are not
