@@ -160,7 +160,9 @@ class RoundToNearest(nn.Module):
         return torch.tensor([self.lo, self.hi], device="cpu")
 
     def set_extra_state(self, state):
-        check_same_range(self, state)
+        if state.tolist() != [self.lo, self.hi]:
+            raise ValueError(f"the state has codes from {state.tolist()}, and this quantizer from "
+                             f"{[self.lo, self.hi]}: other bits, or another sign")
 
 
 class Division(torch.autograd.Function):
@@ -354,13 +356,6 @@ def shaped(grid: tuple[Tensor, Tensor], W: Tensor, per_channel: bool) -> tuple[T
     shape = (len(W),) + (1,) * (W.dim() - 1) if per_channel else ()
     log_s1, zero_point = grid
     return log_s1.reshape(shape), zero_point.reshape(shape).to(torch.int32)
-
-
-def check_same_range(quantizer: nn.Module, state: Tensor) -> None:
-    """Raises ValueError if state_dict's range of codes is not the quantizer's own."""
-    if state.tolist() != [quantizer.lo, quantizer.hi]:
-        raise ValueError(f"the state has codes from {state.tolist()}, and this quantizer from "
-                         f"{[quantizer.lo, quantizer.hi]}: other bits, or another sign")
 
 
 search_range = grid_from_weights                                     # its earlier name
@@ -632,8 +627,9 @@ def qr_factor(layer: nn.Module, inputs: list[Tensor]) -> Tensor | None:
 def layer_inputs(block: nn.Module, layers: dict[str, nn.Module], x: Tensor,
                  before_hooks: bool = False) -> dict:
     """Return what each layer is called with when the block runs on x: {name: [its input in each
-    call]}. A layer that the block does not call, or only by keyword, has an empty list. We look
-    after the layer's own hooks have changed its input, or before: then you can call it with that.
+    call]}. A layer that the block does not call, or only by keyword, has an empty list. These are
+    the inputs after the layer's own pre-hooks. With before_hooks they are the inputs before them,
+    so that layer(input) runs its hooks once more.
     """
     seen = {name: [] for name in layers}
     names = {layer: name for name, layer in layers.items()}
@@ -760,11 +756,8 @@ class LSQ(nn.Module):
             x_hat = torch.where(torch.rand_like(x) < self.keep_float, x, x_hat)
         return x_hat
 
-    def get_extra_state(self):
-        return torch.tensor([self.lo, self.hi], device="cpu")
-
-    def set_extra_state(self, state):
-        check_same_range(self, state)
+    get_extra_state = RoundToNearest.get_extra_state
+    set_extra_state = RoundToNearest.set_extra_state
 
 
 def quantize_input(layer, args):

@@ -543,18 +543,15 @@ def quantize_model(blocks, calibration: Tensor, config: ReconstructionConfig, sh
     """
     blocks = list(nn.ModuleList(blocks))
     model = nn.ModuleList(blocks)
-    if not quantizers(model):
-        check_network(blocks, calibration, config, skip)             # before any work, copies too
 
     # Targets come from a float network. In one pass that is the network itself, because each block
     # is still float when we take its target. In a second pass, or after an interrupted call, blocks
     # are quantized already. Then we need a copy without its quantizers.
-    floats = blocks
-    if config.two_passes or quantizers(model):
-        floats = copy.deepcopy(blocks)
-        flexround.fold(nn.ModuleList(floats), keep=False)
+    floats = float_copy(blocks) if quantizers(model) else blocks
+    passes = plan(blocks, floats, calibration, config, skip)         # errors come before any work
+    if config.two_passes and floats is blocks:
+        floats = float_copy(blocks)
 
-    passes = plan(blocks, floats, calibration, config, skip)
     clock = Clock(passes, config, show)
     model.eval()
     nn.ModuleList(floats).eval()
@@ -583,6 +580,13 @@ def device_of(blocks) -> torch.device:
 def all_quantizers(block: nn.Module) -> list[nn.Module]:
     """Return all quantizers of a block: first those of weights, then those of inputs."""
     return [*quantizers(block).values(), *input_quantizers(block).values()]
+
+
+def float_copy(blocks: list[nn.Module]) -> list[nn.Module]:
+    """Return a copy of the blocks without their quantizers."""
+    floats = copy.deepcopy(blocks)
+    flexround.fold(nn.ModuleList(floats), keep=False)
+    return floats
 
 
 def bits_in_place(found: dict[str, nn.Module]) -> dict[str, int]:
@@ -649,8 +653,7 @@ def check_reconstruction(block: nn.Module, x_q: Tensor, x_fp: Tensor | None,
 def plan(blocks, floats, calibration: Tensor, config: ReconstructionConfig, skip) -> list:
     """Check and warn, and return what each pass of quantize_model quantizes: for each pass two
     lists, which hold for each block the bits of its weights and of its layers' inputs."""
-    if quantizers(nn.ModuleList(blocks)):                            # else checked already
-        check_network(floats, calibration, config, skip)
+    check_network(floats, calibration, config, skip)
     warn_of_float_weights(floats, skip)
     bits = bits_of_layers(floats, config.bits, config.end_bits, skip)
     last = max(i for i, layers in enumerate(bits) if layers)         # nothing after it is run
@@ -779,7 +782,8 @@ def check_layers(block, twin, call, name: str, layers: list[str], learns: bool) 
     if missed and y.requires_grad:
         warnings.warn(f"{problem}: they do not learn, or are not used at all", stacklevel=5)
 
-    # A mask or a norm that a forward writes to W is lost in W_hat. A second mask changes nothing.
+    # If a forward writes a mask or a norm to W, W_hat does not get it. We try other weights,
+    # because writing the same mask a second time changes nothing.
     with torch.no_grad(), suppress(ValueError):                      # they may not suit the block
         tried = [W.mul_(-7.7).sub_(1.3).clone() for W in own]
         call()

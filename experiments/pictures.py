@@ -110,9 +110,10 @@ PANELS = {"lite0": "EfficientNet-Lite0, W4", "resnet, channels x 16": "ResNet, c
 WAYS = {"weights, p = 2": "weights,\np = 2", "outputs": "outputs",
         "weights, p = 0.5": "weights,\np = 0.5",
         "FlexRound's learned s1": "FlexRound's\nlearned $s_1$"}
-RULES = {"rtn": "rtn", "adaround": "adaround", "adaquant-fixed": "adaquant",
-         "flexround-fixed": "flexround"}                             # s1 fixed: of which method
-LEARNED = {"adaquant": "adaquant", "flexround": "flexround"}         # s1 learned from there
+
+
+RULES = tuple(steps.FIXED)                                           # they keep s1
+LEARNED = ("adaquant", "flexround")                                  # they learn it from there
 
 
 def draw_steps(ax, held: list[dict], network: str) -> list:
@@ -120,13 +121,13 @@ def draw_steps(ax, held: list[dict], network: str) -> list:
     Return the lines of the rules that keep s1."""
     ways = [way for way in WAYS if steps.cell_of(held, network, way, "adaround")]
     lines = []
-    for rule, method in (RULES | LEARNED).items():
-        points = {}
+    for rule in (*RULES, *LEARNED):
+        method, points = rule.removesuffix("-fixed"), {}
         for i, way in enumerate(ways):
             shares = [steps.share(r, held) for r in steps.cell_of(held, network, way, rule)]
             if shares:                                               # one for each seed
                 points[i] = statistics.median(shares)
-        kept = rule in RULES                                         # it keeps s1
+        kept = rule in RULES
         line, = ax.plot(points.keys(), points.values(), color=COLOUR[method], linewidth=2,
                         linestyle="-" if kept else "none", marker=MARKER[method], markersize=8,
                         markerfacecolor=COLOUR[method] if kept else "white", markeredgewidth=2,

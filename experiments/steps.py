@@ -290,11 +290,11 @@ def table(held: list[dict], name: str) -> str:
     return "\n".join(lines)
 
 
-def explained(held: list[dict], name: str, rows=None) -> str:
+def explained(held: list[dict], name: str, rows=ROWS) -> str:
     """How much of the variance of the learned, fixed-step cells the step explains, how much the
     rule, and how much neither alone (two-way analysis of variance of the median log share)."""
     rules = [rule for rule in FIXED if rule != "rtn"]
-    rows = [row for row in rows or ROWS if all(cell_of(held, name, row, rule) for rule in rules)]
+    rows = [row for row in rows if all(cell_of(held, name, row, rule) for rule in rules)]
     if len(rows) < 2:
         return f"{name}: too few rows with all rules to say what the step explains"
     cells = np.array([[statistics.median(math.log(share(r, held)) for r in
@@ -313,7 +313,7 @@ def main(arguments=None) -> None:
     add = flags.add_argument
     add("--out", type=Path, metavar="FILE", help="add the runs to this file, and continue it")
     add("--network", choices=PLACES, default="gpt", help="the network to run")
-    add("--step", nargs="+", choices=ROWS, default=ROWS, help="rows to run")
+    add("--step", nargs="+", choices=ROWS, default=ROWS, help="rows to run, and to explain")
     add("--rule", nargs="+", choices=FIXED | LEARNED, default=[*FIXED, *LEARNED])
     add("--seeds", nargs="+", type=int, default=[0, 1, 2])
     add("--factors", nargs="+", type=float, default=FACTORS, help="of the learning rate")
@@ -325,7 +325,7 @@ def main(arguments=None) -> None:
              {"data": args.data})
     held = studies.read_results(args.out or HERE)
     for name in dict.fromkeys(r["network"] for r in held):
-        print(table(held, name), "\n\n" + explained(held, name) + "\n")
+        print(table(held, name), "\n\n" + explained(held, name, args.step) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
 """What several test files share: weights, inputs, a small block, small networks, Adam's rates."""
+import importlib
+import importlib.util
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -99,3 +101,22 @@ def restless_norms(net):
             for t in (m.weight, m.running_var, m.bias, m.running_mean):
                 nn.init.uniform_(t, 0.5, 2.0)
     return net
+
+
+DECLARED = []
+
+
+def package(name):
+    """timm, torchvision or transformers, which import torchvision. torchvision's networks are plain
+    Python, but without a build for this torch its import misses two operators: we declare them."""
+    if importlib.util.find_spec(name) is None:
+        pytest.skip(f"{name} is not installed")
+    try:
+        importlib.import_module("torchvision")
+    except ImportError:                                              # transformers can do without
+        pass
+    except RuntimeError:
+        DECLARED.append(torch.library.Library("torchvision", "FRAGMENT"))    # ends with its object
+        for operator in ("nms", "qnms"):
+            DECLARED[-1].define(f"{operator}(Tensor dets, Tensor s, float threshold) -> Tensor")
+    return importlib.import_module(name)

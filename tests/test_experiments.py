@@ -1,7 +1,6 @@
 """Guards: what only experiments/ needs. No test needs a download or a GPU: what is not there is
 skipped, with the reason."""
 import copy
-import importlib
 import json
 import re
 import sys
@@ -55,6 +54,7 @@ from helpers import (
     ROOT,
     correlated,
     equal_states,
+    package,
     prepared,
     restless_norms,
     tiny,
@@ -860,24 +860,6 @@ def test_a_gpu_sessions_command_keeps_its_output_and_is_stopped(tmp_path):
 
 
 # ---- Published networks --------------------------------------------------------------------------
-
-DECLARED = []
-
-def package(name):
-    """torchvision or transformers, which imports torchvision. torchvision's networks are plain
-    Python, but without a build for this torch its import misses two operators: we declare them."""
-    if importlib.util.find_spec(name) is None:
-        pytest.skip(f"{name} is not installed")
-    try:
-        importlib.import_module("torchvision")
-    except ImportError:                                              # transformers can do without
-        pass
-    except RuntimeError:
-        DECLARED.append(torch.library.Library("torchvision", "FRAGMENT"))    # ends with its object
-        for operator in ("nms", "qnms"):
-            DECLARED[-1].define(f"{operator}(Tensor dets, Tensor s, float threshold) -> Tensor")
-    return importlib.import_module(name)
-
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])

@@ -1,7 +1,6 @@
 """Networks of other libraries: models.blocks_of cuts them, and what it cannot cut it refuses."""
 import copy
 import importlib
-import importlib.util
 import re
 import runpy
 import warnings
@@ -11,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+import helpers
 import models
 from experiments import pretrained
 from experiments.integers import load_quantized, save_quantized
@@ -20,26 +20,14 @@ from reconstruct import ReconstructionConfig, quantize_model
 
 HERE = Path(__file__).parent.parent
 CONFIG = ReconstructionConfig(bits=4, iterations=2, batch_size=4)
-DECLARED = []
 
 
 # ---- Networks ------------------------------------------------------------------------------------
 
 def package(name):
-    """timm or transformers, which import torchvision. Where torchvision was not built for this
-    torch, its import misses two operators, and we declare them."""
-    if importlib.util.find_spec(name) is None:
-        pytest.skip(f"{name} is not installed")
+    """helpers.package. Skips where the package is there and cannot be imported."""
     try:
-        importlib.import_module("torchvision")
-    except ImportError:                                              # transformers can do without
-        pass
-    except RuntimeError:
-        DECLARED.append(torch.library.Library("torchvision", "FRAGMENT"))    # ends with its object
-        for operator in ("nms", "qnms"):
-            DECLARED[-1].define(f"{operator}(Tensor dets, Tensor s, float threshold) -> Tensor")
-    try:
-        return importlib.import_module(name)
+        return helpers.package(name)
     except (ImportError, RuntimeError) as error:
         pytest.skip(f"{name} cannot be imported: {error}")
 
