@@ -20,6 +20,7 @@ import platform
 import statistics
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -32,7 +33,7 @@ from torch.nn.utils import parametrize
 
 import flexround
 import reconstruct
-from experiments import studies
+from experiments import studies, tools
 from flexround import METHODS
 from reconstruct import ReconstructionConfig
 
@@ -73,12 +74,34 @@ class OuterAdaRound(flexround.AdaRound):
         return flexround.Clamp.apply(down + up, *self.bounds)
 
 
+class RelativeAdaQuant(flexround.AdaQuant):
+    """AdaQuant with V in units of the initial s1, so that one learning rate suits all layers."""
+
+    def __init__(self, *args, **settings):
+        super().__init__(*args, **settings)
+        self.register_buffer("s0", self.s1.detach().clone())
+
+    def integers(self, W):
+        moved = W + self.s0 * self.V
+        return flexround.Clamp.apply(flexround.Round.apply(moved / self.s1), *self.bounds)
+
+
+class ConstantAdaRound(flexround.AdaRound):
+    """AdaRound whose learning rate does not fall (tools.constant_learning_rate), as in BRECQ."""
+
+
 METHODS |= {"adaquant-fixed": FixedAdaQuant, "flexround-fixed": FixedFlexRound,
-            "adaround-outer": OuterAdaRound}
+            "adaround-outer": OuterAdaRound, "adaquant-relative": RelativeAdaQuant,
+            "adaround-constant": ConstantAdaRound}
 FIXED = {"rtn": "round to nearest", "adaround": "AdaRound", "adaquant-fixed": "AdaQuant, s1 fixed",
          "flexround-fixed": "FlexRound, s1 fixed"}
-LEARNED = {"adaround-outer": "AdaRound, outer step learned", "adaquant": "AdaQuant, s1 learned",
-           "flexround": "FlexRound, s1 learned"}
+LEARNED = {"adaquant": "AdaQuant, s1 learned", "flexround": "FlexRound, s1 learned"}
+# What else the rivals might want. The first keeps s1, the others learn it.
+VARIANTS = {"adaround-constant": "AdaRound, constant learning rate",
+            "adaround-outer": "AdaRound, outer step learned",
+            "adaquant-relative": "AdaQuant, V in units of s1"}
+RULES = FIXED | LEARNED | VARIANTS
+KEEP_S1 = (*FIXED, "adaround-constant")
 
 
 # ---- How s1 is set -------------------------------------------------------------------------------
@@ -119,7 +142,8 @@ PLACES = {
                        start="weights, p = 2"),
     "lite0": place_of("lite0", studies.LITE, samples=256, bits=4, iterations=250),
 }
-OUTER_LR = 3.2e-2                        # learning rate of AdaRound's outer step: times FACTORS
+# Learning rates of two variants, times FACTORS: AdaRound's outer step, V in units of s1.
+OUTER_LR, RELATIVE_LR = 3.2e-2, 3.2e-2
 FACTORS = (1, 0.25, 4)
 
 
@@ -128,6 +152,8 @@ def config_of(place: Place, rule: str, factor: float, seed: int) -> Reconstructi
     own = dict(place.methods.get(rule.partition("-")[0], {}))
     if rule == "adaround-outer":
         own["s1_lr"] = OUTER_LR * factor
+    elif rule == "adaquant-relative":
+        own["lr"] = RELATIVE_LR * factor
     elif "lr" in own:
         own["lr"] *= factor
     elif rule != "rtn":
@@ -190,8 +216,9 @@ def one_run(name: str, row: str, rule: str, factor: float, seed: int, folder: Pa
     grids = torch.load(kept) if row in TAKEN else None
     starts = [{}] if row in TAKEN else [STARTS[row]] if row in STARTS else list(STARTS.values())
     began = time.perf_counter()
-    losses = quantize(task.net.blocks, task.calibration[:count], task.calibration[count:], config,
-                      starts, grids)
+    with tools.constant_learning_rate() if rule == "adaround-constant" else nullcontext():
+        losses = quantize(task.net.blocks, task.calibration[:count], task.calibration[count:],
+                          config, starts, grids)
     seconds = time.perf_counter() - began
     with parametrize.cached():                                       # quantize each weight once
         score = task.score(task.net)
@@ -244,7 +271,7 @@ def make(out: Path, name: str, rows, rules, seeds, factors, options) -> None:
     for rule, seed in product(needed, seeds):
         run(PLACES[name].start, rule, 1, seed)
     for row, rule in product(rows, rules):
-        if rule in LEARNED and row in (BEST, *TAKEN):
+        if rule not in KEEP_S1 and row in (BEST, *TAKEN):
             continue                                                 # s1 is learned from a start
         tried = (1,) if rule == "rtn" or row == BEST else factors
         for factor in tried:
@@ -270,9 +297,9 @@ def share(record: dict, held: list[dict]) -> float:
 def table(held: list[dict], name: str) -> str:
     """The two-way table of a network in Markdown. A cell is the median score of the seeds, and in
     brackets their range and the median share of the loss that remains."""
-    rules = [rule for rule in FIXED | LEARNED if any(
+    rules = [rule for rule in RULES if any(
         (r["network"], r["rule"]) == (name, rule) for r in held)]
-    lines = [f"| {name} | " + " | ".join((FIXED | LEARNED)[rule] for rule in rules) + " |",
+    lines = [f"| {name} | " + " | ".join(RULES[rule] for rule in rules) + " |",
              "|---" * (1 + len(rules)) + "|"]
     for row in ROWS:
         cells = []
@@ -292,9 +319,11 @@ def table(held: list[dict], name: str) -> str:
 
 def explained(held: list[dict], name: str, rows=ROWS) -> str:
     """How much of the variance of the learned, fixed-step cells the step explains, how much the
-    rule, and how much neither alone (two-way analysis of variance of the median log share)."""
+    rule, and how much neither alone (two-way analysis of variance of the median log share). The
+    row BEST is left out: each rule has another s1 there."""
     rules = [rule for rule in FIXED if rule != "rtn"]
-    rows = [row for row in rows if all(cell_of(held, name, row, rule) for rule in rules)]
+    rows = [row for row in rows
+            if row != BEST and all(cell_of(held, name, row, rule) for rule in rules)]
     if len(rows) < 2:
         return f"{name}: too few rows with all rules to say what the step explains"
     cells = np.array([[statistics.median(math.log(share(r, held)) for r in
@@ -314,7 +343,7 @@ def main(arguments=None) -> None:
     add("--out", type=Path, metavar="FILE", help="add the runs to this file, and continue it")
     add("--network", choices=PLACES, default="gpt", help="the network to run")
     add("--step", nargs="+", choices=ROWS, default=ROWS, help="rows to run, and to explain")
-    add("--rule", nargs="+", choices=FIXED | LEARNED, default=[*FIXED, *LEARNED])
+    add("--rule", nargs="+", choices=RULES, default=[*RULES])
     add("--seeds", nargs="+", type=int, default=[0, 1, 2])
     add("--factors", nargs="+", type=float, default=FACTORS, help="of the learning rate")
     add("--data", help="as experiments.studies takes it")

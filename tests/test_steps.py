@@ -2,16 +2,22 @@
 import copy
 import math
 import re
+from contextlib import nullcontext
 
 import pytest
 import torch
 from torch import nn
 
 import flexround
-from experiments import steps, studies
+from experiments import steps, studies, tools
 from flexround import quantizers
 from helpers import ROOT, correlated, weight
-from reconstruct import ReconstructionConfig, quantize_model, reconstruct_block
+from reconstruct import (
+    ReconstructionConfig,
+    make_iteration,
+    quantize_model,
+    reconstruct_block,
+)
 
 FAST = dict(bits=2, iterations=20, batch_size=8, end_bits=None)
 
@@ -22,7 +28,8 @@ def layers():
 
 
 @pytest.mark.parametrize("rule, learns", [("adaquant-fixed", False), ("flexround-fixed", False),
-                                          ("adaround-outer", True)])
+                                          ("adaround-outer", True), ("adaquant-relative", True),
+                                          ("adaround-constant", False)])
 def test_what_becomes_of_s1(rule, learns):
     """A column is called fixed or learned, so s1 has to stay or to move. All begin alike."""
     x, (layer, _) = correlated(40, 6), layers()
@@ -46,6 +53,39 @@ def test_the_outer_step_leaves_the_floors_where_they_were():
         q.log_s1.add_(math.log(2.0))
     assert torch.equal(q.codes(W), codes)
     torch.testing.assert_close(q(W).detach(), 2 * W_hat)
+
+
+def test_v_in_units_of_s1_moves_each_layer_by_as_many_steps():
+    """The same V moves a layer's codes alike, however large its weights are."""
+    W = weight((4, 5))
+    V = torch.randn(W.shape, generator=torch.Generator().manual_seed(1), dtype=W.dtype)
+    small, large = (steps.RelativeAdaQuant(c * W, 3).eval() for c in (1.0, 1000.0))
+    for q in (small, large):
+        q.V.data.copy_(V)
+    assert torch.equal(small.codes(W), large.codes(1000 * W))
+    assert not torch.equal(small.codes(W), flexround.RoundToNearest(W, 3).codes(W))
+
+
+def test_a_constant_learning_rate_does_not_fall():
+    """Adam's updates are about as large as its learning rate. So with a constant one the last
+    iteration moves V about as far as the first, and with the cosine hardly at all."""
+    x, moves = correlated(40, 6), {}
+    for name, where in (("cosine", nullcontext()), ("constant", tools.constant_learning_rate())):
+        layer, _ = layers()
+        y = layer(x).detach()
+        config = ReconstructionConfig("adaround-constant", **FAST | {"batch_size": 40}, lr=1e-3)
+        steps.place_quantizers(layer, config, {"": 2}, x, None)
+        q = quantizers(layer)[""]
+        with where:
+            iterate, seen = make_iteration(layer, x, y, config), []
+            for i in range(config.iterations):
+                before = q.V.detach().clone()
+                iterate(i)
+                seen.append(float((q.V.detach() - before).abs().max()))
+        moves[name] = seen
+    assert moves["cosine"][0] == moves["constant"][0]
+    assert moves["constant"][-1] > 0.5 * moves["constant"][0]
+    assert moves["cosine"][-1] < 0.05 * moves["cosine"][0]
 
 
 def test_each_block_keeps_the_start_with_the_least_unseen_loss_and_grids_are_taken():
