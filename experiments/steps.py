@@ -8,9 +8,10 @@ Each row of the table is a way to set the step size s1, each column a rule. Some
 from there (AdaQuant, FlexRound, and AdaRound with an outer step of its own).
 
 For each cell we can try several learning rates (--factors): by default the one that
-experiments/knobs.py found for the method, a quarter of it, and four times as much. The first seed
-decides, by the loss on inputs that no rule has learned from. The other seeds are run with that
-learning rate. No test data are used for it. RESULTS.md says which cells had how many.
+experiments/knobs.py found for the method, a quarter of it, and four times as much. If the best is
+at an edge, we go on by fours until it is not. The first seed decides, by the loss on inputs that no
+rule has learned from. The other seeds are run with that learning rate. No test data are used for
+it. RESULTS.md says which cells had how many.
 """
 import argparse
 import copy
@@ -273,10 +274,12 @@ def make(out: Path, name: str, rows, rules, seeds, factors, options) -> None:
     for row, rule in product(rows, rules):
         if rule not in KEEP_S1 and row in (BEST, *TAKEN):
             continue                                                 # s1 is learned from a start
-        tried = (1,) if rule == "rtn" or row == BEST else factors
-        for factor in tried:
+        tried = [1] if rule == "rtn" or row == BEST else list(factors)
+        for factor in tried:                                         # it grows, see below
             run(row, rule, factor, 0)
-        chosen = cell_of(studies.read_results(out), name, row, rule)[0]["factor"]
+            chosen = cell_of(studies.read_results(out), name, row, rule)[0]["factor"]
+            if factor == tried[-1] and len(tried) > 1 and chosen in (min(tried), max(tried)):
+                tried.append(chosen * (4 if chosen == max(tried) else 0.25))
         for seed in seeds:
             run(row, rule, chosen, seed)
 

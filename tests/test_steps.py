@@ -126,6 +126,20 @@ def test_a_cell_takes_the_learning_rate_that_the_first_seed_chose():
     assert math.isnan(steps.share(held[0], held))
 
 
+def test_learning_rates_go_on_until_the_best_is_between_two(monkeypatch, tmp_path):
+    """A best at the edge of what was tried might be anywhere beyond it."""
+    def made(name, row, rule, factor, seed, folder, options):
+        return {"network": name, "step": row, "rule": rule, "factor": factor, "seed": seed,
+                "unseen": [1 + math.log2(factor / 16) ** 2], "score": 1.0, "seconds": 0.0}
+
+    monkeypatch.setattr(steps, "one_run", made)
+    out = tmp_path / "runs.jsonl"
+    steps.make(out, "gpt", ["outputs"], ["adaround", "rtn"], [0, 1], (1, 0.25, 4), {})
+    runs = [(r["rule"], r["factor"], r["seed"]) for r in studies.read_results(out)]
+    assert runs == [("adaround", f, 0) for f in (1, 0.25, 4, 16, 64)] + [("adaround", 16, 1)] + [
+        ("rtn", 1, 0), ("rtn", 1, 1)]
+
+
 def test_the_page_shows_the_runs():
     """A table that was written by hand would rot."""
     held = studies.read_results(steps.HERE)
