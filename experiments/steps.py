@@ -204,6 +204,11 @@ def quantize(blocks, x, unseen, config: ReconstructionConfig, starts: list[dict]
 
 # ---- One cell ------------------------------------------------------------------------------------
 
+def grids_of(folder: Path, name: str, rule: str, seed: int) -> Path:
+    """The file of the s1 that a rule has learned."""
+    return folder / f"{name.replace(' ', '-')}-{rule}-{seed}.pt"
+
+
 def one_run(name: str, row: str, rule: str, factor: float, seed: int, folder: Path,
             options: dict) -> dict:
     """Make one run and return its record. The learned s1 of AdaQuant and FlexRound are kept in
@@ -213,7 +218,7 @@ def one_run(name: str, row: str, rule: str, factor: float, seed: int, folder: Pa
     load = place.run._replace(config=config)
     count = load.samples or len(studies.load(load, **options).calibration)
     task = studies.load(load, **options, samples=2 * count)
-    kept = folder / f"{name.replace(' ', '-')}-{TAKEN.get(row, rule)}-{seed}.pt"
+    kept = grids_of(folder, name, TAKEN.get(row, rule), seed)
     grids = torch.load(kept) if row in TAKEN else None
     starts = [{}] if row in TAKEN else [STARTS[row]] if row in STARTS else list(STARTS.values())
     began = time.perf_counter()
@@ -259,18 +264,21 @@ def make(out: Path, name: str, rows, rules, seeds, factors, options) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()
 
-    def run(row, rule, factor, seed):
-        if (name, row, rule, factor, seed) in map(key_of, studies.read_results(out)):
+    def run(row, rule, factor, seed, again=False):
+        held = (name, row, rule, factor, seed) in map(key_of, studies.read_results(out))
+        if held and not again:
             return
         record = one_run(name, row, rule, factor, seed, folder, options)
-        studies.append_result(out, record)
+        if not held:
+            studies.append_result(out, record)
         print(f"{name}, {row}, {rule} x {factor}, seed {seed}: {record['score']:.2f}, "
               f"{record['seconds']:.0f} s ({time.perf_counter() - began:.0f} s so far)", flush=True)
 
-    # First what the rows of TAKEN need, then a row at a time.
+    # First what the rows of TAKEN need, then a row at a time. The file of runs has no grids.
     needed = [TAKEN[row] for row in rows if row in TAKEN]
     for rule, seed in product(needed, seeds):
-        run(PLACES[name].start, rule, 1, seed)
+        run(PLACES[name].start, rule, 1, seed,
+            again=not grids_of(folder, name, rule, seed).exists())
     for row, rule in product(rows, rules):
         if rule not in KEEP_S1 and row in (BEST, *TAKEN):
             continue                                                 # s1 is learned from a start

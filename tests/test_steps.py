@@ -140,6 +140,27 @@ def test_learning_rates_go_on_until_the_best_is_between_two(monkeypatch, tmp_pat
         ("rtn", 1, 0), ("rtn", 1, 1)]
 
 
+def test_a_learned_s1_that_is_not_kept_is_learned_again(monkeypatch, tmp_path):
+    """The file of runs is published and the grids are not. The record does not come twice."""
+    made = []
+
+    def one_run(name, row, rule, factor, seed, folder, options):
+        made.append((row, rule))
+        kept = steps.grids_of(folder, name, steps.TAKEN.get(row, rule), seed)
+        kept.write_bytes(b"") if row == "outputs" else kept.read_bytes()
+        return {"network": name, "step": row, "rule": rule, "factor": factor, "seed": seed,
+                "unseen": [1.0], "score": 1.0, "seconds": 0.0}
+
+    monkeypatch.setattr(steps, "one_run", one_run)
+    out, row = tmp_path / "runs.jsonl", "FlexRound's learned s1"
+    steps.make(out, "gpt", [row], ["adaround"], [0], (1,), {})
+    next((tmp_path / "grids").iterdir()).unlink()
+    steps.make(out, "gpt", [row], ["rtn"], [0], (1,), {})
+    learned = ("outputs", "flexround")
+    assert made == [learned, (row, "adaround"), learned, (row, "rtn")]
+    assert len(studies.read_results(out)) == 3
+
+
 def test_the_page_shows_the_runs():
     """A table that was written by hand would rot."""
     held = studies.read_results(steps.HERE)
