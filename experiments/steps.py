@@ -142,6 +142,12 @@ PLACES = {
     "minilm": place_of("minilm", studies.MINILM, samples=128, bits=3, iterations=60, end_bits=None,
                        start="weights, p = 2"),
     "lite0": place_of("lite0", studies.LITE, samples=256, bits=4, iterations=250),
+    # With one s1 for each output channel.
+    "resnet, channels x 16, per channel": place_of("resnet", studies.UNEQUAL, 16, bits=2,
+                                                   iterations=250, per_channel=True),
+    "gpt, per channel": place_of("gpt", studies.THREE, bits=2, iterations=250, per_channel=True),
+    "lite0, per channel": place_of("lite0", studies.LITE, samples=256, bits=4, iterations=250,
+                                   per_channel=True),
 }
 # Learning rates of two variants, times FACTORS: AdaRound's outer step, V in units of s1.
 OUTER_LR, RELATIVE_LR = 3.2e-2, 3.2e-2
@@ -169,7 +175,8 @@ def place_quantizers(block: nn.Module, config: ReconstructionConfig, bits: dict[
         flexround.quantize_layers(block, config, bits, x)
         return
     for name, layer in flexround.quantizable_layers(block).items():
-        q = METHODS[config.method](layer.weight, bits[name], grid=grids[name])
+        q = METHODS[config.method](layer.weight, bits[name], config.symmetric, config.per_channel,
+                                   grid=grids[name])
         parametrize.register_parametrization(layer, "weight", q)
 
 
