@@ -112,7 +112,7 @@ WAYS = {"weights, p = 2": "weights,\np = 2", "outputs": "outputs",
         "FlexRound's learned s1": "FlexRound's\nlearned $s_1$"}
 
 
-RULES = tuple(steps.FIXED)                                           # they keep s1
+RULES = ("rtn", *steps.COMPARED)                                     # they keep s1
 LEARNED = ("adaquant", "flexround")                                  # they learn it from there
 
 

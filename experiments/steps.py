@@ -94,15 +94,12 @@ class ConstantAdaRound(flexround.AdaRound):
 METHODS |= {"adaquant-fixed": FixedAdaQuant, "flexround-fixed": FixedFlexRound,
             "adaround-outer": OuterAdaRound, "adaquant-relative": RelativeAdaQuant,
             "adaround-constant": ConstantAdaRound}
-FIXED = {"rtn": "round to nearest", "adaround": "AdaRound", "adaquant-fixed": "AdaQuant, s1 fixed",
-         "flexround-fixed": "FlexRound, s1 fixed"}
-LEARNED = {"adaquant": "AdaQuant, s1 learned", "flexround": "FlexRound, s1 learned"}
-# What else the rivals might want. The first keeps s1, the others learn it.
-VARIANTS = {"adaround-constant": "AdaRound, constant learning rate",
-            "adaround-outer": "AdaRound, outer step learned",
-            "adaquant-relative": "AdaQuant, V in units of s1"}
-RULES = FIXED | LEARNED | VARIANTS
-KEEP_S1 = (*FIXED, "adaround-constant")
+# The rules that keep s1, and those that learn it. The last of each are what a rival might want.
+FIXED = {"rtn": "round to nearest", "adaround": "AdaRound", "adaquant-fixed": "AdaQuant",
+         "flexround-fixed": "FlexRound", "adaround-constant": "AdaRound, constant learning rate"}
+LEARNED = {"adaquant": "AdaQuant", "flexround": "FlexRound", "adaround-outer": "AdaRound, outer s1",
+           "adaquant-relative": "AdaQuant, V in units of s1"}
+COMPARED = ("adaround", "adaquant-fixed", "flexround-fixed")         # in explained
 
 
 # ---- How s1 is set -------------------------------------------------------------------------------
@@ -287,7 +284,7 @@ def make(out: Path, name: str, rows, rules, seeds, factors, options) -> None:
         run(PLACES[name].start, rule, 1, seed,
             again=not grids_of(folder, name, rule, seed).exists())
     for row, rule in product(rows, rules):
-        if rule not in KEEP_S1 and row in (BEST, *TAKEN):
+        if rule in LEARNED and row in (BEST, *TAKEN):
             continue                                                 # s1 is learned from a start
         tried = [1] if rule == "rtn" or row == BEST else list(factors)
         for factor in tried:                                         # it grows, see below
@@ -313,11 +310,19 @@ def share(record: dict, held: list[dict]) -> float:
 
 
 def table(held: list[dict], name: str) -> str:
-    """The two-way table of a network in Markdown. A cell is the median score of the seeds, and in
-    brackets their range and the median share of the loss that remains."""
-    rules = [rule for rule in RULES if any(
+    """The two-way table of a network in Markdown: first the rules that keep s1, then those that
+    learn it. A cell is the median score of the seeds, and in brackets their range and the median
+    share of the loss that remains."""
+    parts = (part_of_table(held, name, FIXED, "s1 stays"),
+             part_of_table(held, name, LEARNED, "s1 is learned"))
+    return "\n\n".join(part for part in parts if part)
+
+
+def part_of_table(held: list[dict], name: str, names: dict[str, str], what: str) -> str:
+    """The columns of some rules, by their names. "" if none of them has run."""
+    rules = [rule for rule in names if any(
         (r["network"], r["rule"]) == (name, rule) for r in held)]
-    lines = [f"| {name} | " + " | ".join(RULES[rule] for rule in rules) + " |",
+    lines = [f"| {name}: {what} | " + " | ".join(names[rule] for rule in rules) + " |",
              "|---" * (1 + len(rules)) + "|"]
     for row in ROWS:
         cells = []
@@ -332,26 +337,25 @@ def table(held: list[dict], name: str) -> str:
             cells.append(f"{statistics.median(scores):.2f} ({spread}{left:.2f})")
         if any(cells):
             lines.append(f"| {row} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    return "\n".join(lines) if rules else ""
 
 
 def explained(held: list[dict], name: str, rows=ROWS) -> str:
     """How much of the variance of the learned, fixed-step cells the step explains, how much the
     rule, and how much neither alone (two-way analysis of variance of the median log share). The
     row BEST is left out: each rule has another s1 there."""
-    rules = [rule for rule in FIXED if rule != "rtn"]
     rows = [row for row in rows
-            if row != BEST and all(cell_of(held, name, row, rule) for rule in rules)]
+            if row != BEST and all(cell_of(held, name, row, rule) for rule in COMPARED)]
     if len(rows) < 2:
         return f"{name}: too few rows with all rules to say what the step explains"
     cells = np.array([[statistics.median(math.log(share(r, held)) for r in
-                                         cell_of(held, name, row, rule)) for rule in rules]
+                                         cell_of(held, name, row, rule)) for rule in COMPARED]
                       for row in rows])
-    step = len(rules) * ((cells.mean(1) - cells.mean()) ** 2).sum()
+    step = len(COMPARED) * ((cells.mean(1) - cells.mean()) ** 2).sum()
     rule = len(rows) * ((cells.mean(0) - cells.mean()) ** 2).sum()
     total = ((cells - cells.mean()) ** 2).sum()
     return (f"{name}: of the variance of the logarithm of what remains, over {len(rows)} steps and "
-            f"{len(rules)} rules with s1 fixed, the step explains {step / total:.0%}, the rule "
+            f"{len(COMPARED)} rules with s1 fixed, the step explains {step / total:.0%}, the rule "
             f"{rule / total:.0%}, neither alone {1 - (step + rule) / total:.0%}")
 
 
@@ -361,7 +365,7 @@ def main(arguments=None) -> None:
     add("--out", type=Path, metavar="FILE", help="add the runs to this file, and continue it")
     add("--network", choices=PLACES, default="gpt", help="the network to run")
     add("--step", nargs="+", choices=ROWS, default=ROWS, help="rows to run, and to explain")
-    add("--rule", nargs="+", choices=RULES, default=[*RULES])
+    add("--rule", nargs="+", choices=FIXED | LEARNED, default=[*FIXED, *LEARNED])
     add("--seeds", nargs="+", type=int, default=[0, 1, 2])
     add("--factors", nargs="+", type=float, default=FACTORS, help="of the learning rate")
     add("--data", help="as experiments.studies takes it")
