@@ -8,9 +8,10 @@ Each row of the table is a way to set the step size s1, each column a rule. Some
 from there (AdaQuant, FlexRound, and AdaRound with an outer step of its own).
 
 For each cell we can try several learning rates (--factors): by default the one that
-experiments/knobs.py found for the method, a quarter of it, and four times as much. The first seed
-decides, by the loss on inputs that no rule has learned from. The other seeds are run with that
-learning rate. No test data are used for it. RESULTS.md says which cells had how many.
+experiments/knobs.py found for the method, a quarter of it, and four times as much. If the best is
+at an edge, we go on by fours until it is not. The first seed decides, by the loss on inputs that no
+rule has learned from. The other seeds are run with that learning rate. No test data are used for
+it. RESULTS.md says which cells had how many.
 """
 import argparse
 import copy
@@ -20,6 +21,7 @@ import platform
 import statistics
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -32,7 +34,7 @@ from torch.nn.utils import parametrize
 
 import flexround
 import reconstruct
-from experiments import studies
+from experiments import studies, tools
 from flexround import METHODS
 from reconstruct import ReconstructionConfig
 
@@ -73,12 +75,34 @@ class OuterAdaRound(flexround.AdaRound):
         return flexround.Clamp.apply(down + up, *self.bounds)
 
 
+class RelativeAdaQuant(flexround.AdaQuant):
+    """AdaQuant with V in units of the initial s1, so that one learning rate suits all layers."""
+
+    def __init__(self, *args, **settings):
+        super().__init__(*args, **settings)
+        self.register_buffer("s0", self.s1.detach().clone())
+
+    def integers(self, W):
+        moved = W + self.s0 * self.V
+        return flexround.Clamp.apply(flexround.Round.apply(moved / self.s1), *self.bounds)
+
+
+class ConstantAdaRound(flexround.AdaRound):
+    """AdaRound whose learning rate does not fall (tools.constant_learning_rate), as in BRECQ."""
+
+
 METHODS |= {"adaquant-fixed": FixedAdaQuant, "flexround-fixed": FixedFlexRound,
-            "adaround-outer": OuterAdaRound}
+            "adaround-outer": OuterAdaRound, "adaquant-relative": RelativeAdaQuant,
+            "adaround-constant": ConstantAdaRound}
 FIXED = {"rtn": "round to nearest", "adaround": "AdaRound", "adaquant-fixed": "AdaQuant, s1 fixed",
          "flexround-fixed": "FlexRound, s1 fixed"}
-LEARNED = {"adaround-outer": "AdaRound, outer step learned", "adaquant": "AdaQuant, s1 learned",
-           "flexround": "FlexRound, s1 learned"}
+LEARNED = {"adaquant": "AdaQuant, s1 learned", "flexround": "FlexRound, s1 learned"}
+# What else the rivals might want. The first keeps s1, the others learn it.
+VARIANTS = {"adaround-constant": "AdaRound, constant learning rate",
+            "adaround-outer": "AdaRound, outer step learned",
+            "adaquant-relative": "AdaQuant, V in units of s1"}
+RULES = FIXED | LEARNED | VARIANTS
+KEEP_S1 = (*FIXED, "adaround-constant")
 
 
 # ---- How s1 is set -------------------------------------------------------------------------------
@@ -118,8 +142,15 @@ PLACES = {
     "minilm": place_of("minilm", studies.MINILM, samples=128, bits=3, iterations=60, end_bits=None,
                        start="weights, p = 2"),
     "lite0": place_of("lite0", studies.LITE, samples=256, bits=4, iterations=250),
+    # With one s1 for each output channel.
+    "resnet, channels x 16, per channel": place_of("resnet", studies.UNEQUAL, 16, bits=2,
+                                                   iterations=250, per_channel=True),
+    "gpt, per channel": place_of("gpt", studies.THREE, bits=2, iterations=250, per_channel=True),
+    "lite0, per channel": place_of("lite0", studies.LITE, samples=256, bits=4, iterations=250,
+                                   per_channel=True),
 }
-OUTER_LR = 3.2e-2                        # learning rate of AdaRound's outer step: times FACTORS
+# Learning rates of two variants, times FACTORS: AdaRound's outer step, V in units of s1.
+OUTER_LR, RELATIVE_LR = 3.2e-2, 3.2e-2
 FACTORS = (1, 0.25, 4)
 
 
@@ -128,6 +159,8 @@ def config_of(place: Place, rule: str, factor: float, seed: int) -> Reconstructi
     own = dict(place.methods.get(rule.partition("-")[0], {}))
     if rule == "adaround-outer":
         own["s1_lr"] = OUTER_LR * factor
+    elif rule == "adaquant-relative":
+        own["lr"] = RELATIVE_LR * factor
     elif "lr" in own:
         own["lr"] *= factor
     elif rule != "rtn":
@@ -143,7 +176,8 @@ def place_quantizers(block: nn.Module, config: ReconstructionConfig, bits: dict[
         return flexround.quantize_layers(block, config, bits, x)
     made = {}
     for name, layer in flexround.quantizable_layers(block).items():
-        made[name] = METHODS[config.method](layer.weight, bits[name], grid=grids[name])
+        made[name] = METHODS[config.method](layer.weight, bits[name], config.symmetric,
+                                            config.per_channel, grid=grids[name])
         parametrize.register_parametrization(layer, "weight", made[name])
     return made
 
@@ -179,6 +213,11 @@ def quantize(blocks, x, unseen, config: ReconstructionConfig, starts: list[dict]
 
 # ---- One cell ------------------------------------------------------------------------------------
 
+def grids_of(folder: Path, name: str, rule: str, seed: int) -> Path:
+    """The file of the s1 that a rule has learned."""
+    return folder / f"{name.replace(' ', '-')}-{rule}-{seed}.pt"
+
+
 def one_run(name: str, row: str, rule: str, factor: float, seed: int, folder: Path,
             options: dict) -> dict:
     """Make one run and return its record. The learned s1 of AdaQuant and FlexRound are kept in
@@ -188,12 +227,13 @@ def one_run(name: str, row: str, rule: str, factor: float, seed: int, folder: Pa
     load = place.run._replace(config=config)
     count = load.samples or len(studies.load(load, **options).calibration)
     task = studies.load(load, **options, samples=2 * count)
-    kept = folder / f"{name.replace(' ', '-')}-{TAKEN.get(row, rule)}-{seed}.pt"
+    kept = grids_of(folder, name, TAKEN.get(row, rule), seed)
     grids = torch.load(kept) if row in TAKEN else None
     starts = [{}] if row in TAKEN else [STARTS[row]] if row in STARTS else list(STARTS.values())
     began = time.perf_counter()
-    losses = quantize(task.net.blocks, task.calibration[:count], task.calibration[count:], config,
-                      starts, grids)
+    with tools.constant_learning_rate() if rule == "adaround-constant" else nullcontext():
+        losses = quantize(task.net.blocks, task.calibration[:count], task.calibration[count:],
+                          config, starts, grids)
     seconds = time.perf_counter() - began
     with parametrize.cached():                                       # quantize each weight once
         score = task.score(task.net)
@@ -233,25 +273,30 @@ def make(out: Path, name: str, rows, rules, seeds, factors, options) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()
 
-    def run(row, rule, factor, seed):
-        if (name, row, rule, factor, seed) in map(key_of, studies.read_results(out)):
+    def run(row, rule, factor, seed, again=False):
+        held = (name, row, rule, factor, seed) in map(key_of, studies.read_results(out))
+        if held and not again:
             return
         record = one_run(name, row, rule, factor, seed, folder, options)
-        studies.append_result(out, record)
+        if not held:
+            studies.append_result(out, record)
         print(f"{name}, {row}, {rule} x {factor}, seed {seed}: {record['score']:.2f}, "
               f"{record['seconds']:.0f} s ({time.perf_counter() - began:.0f} s so far)", flush=True)
 
-    # First what the rows of TAKEN need, then a row at a time.
+    # First what the rows of TAKEN need, then a row at a time. The file of runs has no grids.
     needed = [TAKEN[row] for row in rows if row in TAKEN]
     for rule, seed in product(needed, seeds):
-        run(PLACES[name].start, rule, 1, seed)
+        run(PLACES[name].start, rule, 1, seed,
+            again=not grids_of(folder, name, rule, seed).exists())
     for row, rule in product(rows, rules):
-        if rule in LEARNED and row in (BEST, *TAKEN):
+        if rule not in KEEP_S1 and row in (BEST, *TAKEN):
             continue                                                 # s1 is learned from a start
-        tried = (1,) if rule == "rtn" or row == BEST else factors
-        for factor in tried:
+        tried = [1] if rule == "rtn" or row == BEST else list(factors)
+        for factor in tried:                                         # it grows, see below
             run(row, rule, factor, 0)
-        chosen = cell_of(studies.read_results(out), name, row, rule)[0]["factor"]
+            chosen = cell_of(studies.read_results(out), name, row, rule)[0]["factor"]
+            if factor == tried[-1] and len(tried) > 1 and chosen in (min(tried), max(tried)):
+                tried.append(chosen * (4 if chosen == max(tried) else 0.25))
         for seed in seeds:
             run(row, rule, chosen, seed)
 
@@ -272,9 +317,9 @@ def share(record: dict, held: list[dict]) -> float:
 def table(held: list[dict], name: str) -> str:
     """The two-way table of a network in Markdown. A cell is the median score of the seeds, and in
     brackets their range and the median share of the loss that remains."""
-    rules = [rule for rule in FIXED | LEARNED if any(
+    rules = [rule for rule in RULES if any(
         (r["network"], r["rule"]) == (name, rule) for r in held)]
-    lines = [f"| {name} | " + " | ".join((FIXED | LEARNED)[rule] for rule in rules) + " |",
+    lines = [f"| {name} | " + " | ".join(RULES[rule] for rule in rules) + " |",
              "|---" * (1 + len(rules)) + "|"]
     for row in ROWS:
         cells = []
@@ -294,9 +339,11 @@ def table(held: list[dict], name: str) -> str:
 
 def explained(held: list[dict], name: str, rows=ROWS) -> str:
     """How much of the variance of the learned, fixed-step cells the step explains, how much the
-    rule, and how much neither alone (two-way analysis of variance of the median log share)."""
+    rule, and how much neither alone (two-way analysis of variance of the median log share). The
+    row BEST is left out: each rule has another s1 there."""
     rules = [rule for rule in FIXED if rule != "rtn"]
-    rows = [row for row in rows if all(cell_of(held, name, row, rule) for rule in rules)]
+    rows = [row for row in rows
+            if row != BEST and all(cell_of(held, name, row, rule) for rule in rules)]
     if len(rows) < 2:
         return f"{name}: too few rows with all rules to say what the step explains"
     cells = np.array([[statistics.median(math.log(share(r, held)) for r in
@@ -316,7 +363,7 @@ def main(arguments=None) -> None:
     add("--out", type=Path, metavar="FILE", help="add the runs to this file, and continue it")
     add("--network", choices=PLACES, default="gpt", help="the network to run")
     add("--step", nargs="+", choices=ROWS, default=ROWS, help="rows to run, and to explain")
-    add("--rule", nargs="+", choices=FIXED | LEARNED, default=[*FIXED, *LEARNED])
+    add("--rule", nargs="+", choices=RULES, default=[*RULES])
     add("--seeds", nargs="+", type=int, default=[0, 1, 2])
     add("--factors", nargs="+", type=float, default=FACTORS, help="of the learning rate")
     add("--data", help="as experiments.studies takes it")

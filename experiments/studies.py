@@ -133,7 +133,6 @@ STUDIES = {
     # Three candidates a method, from the search by blocks, on whole networks. Not the test split.
     "choice": grid("resnet mobilenet gpt", CANDIDATES, [2], (0,), split="train", iterations=250,
                    **OUTPUTS),
-    "unequal": grid("resnet", RTN | UNEQUAL, [2], spreads=(1, 4, 16), iterations=500),
     # AdaRound from its better start of the two.
     "samples": [run for (network, start), samples in product(
         (("resnet", PAPER), ("mobilenet", OUTPUTS), ("gpt", PAPER)), (8, 32, 128, 512))
@@ -180,9 +179,6 @@ STUDIES = {
     # AdaRound's start was searched at W3, where p = 1 clips. At more bits that is wrong.
     grid("minilm", {"adaround": [MINILM["adaround"][0] | PAPER]}, [4, 8], (0,),
          symmetric=False, abits=8, setting="Q", **SENTENCES),
-    # The paper's rate of steps in setting Q.
-    "minilm-steps": grid("minilm", MINILM | {"adaround": [MINILM["adaround"][0] | PAPER]}, [4, 8],
-                         (0,), symmetric=False, abits=8, setting="Q", step_lr=4e-5, **SENTENCES),
     # Not made again yet with searched knobs. Each needs a search of its own first.
     "resnet20": grid("resnet20", RTN | THREE, [4, 3, 2], iterations=1000, **OUTPUTS),
     "mobilenet": grid("cifar-mobilenet", RTN | THREE, [4, 3, 2], iterations=1000, **OUTPUTS),

@@ -93,6 +93,23 @@ def plain_sgd():
         yield
 
 
+class ConstantAdam(torch.optim.Adam):
+    """Adam that keeps its initial learning rates, whatever reconstruct.py sets."""
+
+    def step(self):
+        for group in self.param_groups:
+            group["lr"] = group["initial"]
+        super().step()
+
+
+@contextmanager
+def constant_learning_rate():
+    """Within, the learning rates of reconstruct.py do not fall: an experiment. BRECQ keeps
+    AdaRound's. Along the cosine h has 4 % of its travel left when beta becomes small."""
+    with mock.patch("torch.optim.Adam", ConstantAdam):
+        yield
+
+
 def peak_memory(device: str) -> str:
     """The most memory that this process has used so far: a GPU's as torch counts it, else RAM."""
     if torch.device(device).type == "cuda":

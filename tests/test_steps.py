@@ -2,16 +2,22 @@
 import copy
 import math
 import re
+from contextlib import nullcontext
 
 import pytest
 import torch
 from torch import nn
 
 import flexround
-from experiments import steps, studies
+from experiments import steps, studies, tools
 from flexround import quantizers
 from helpers import ROOT, correlated, weight
-from reconstruct import ReconstructionConfig, quantize_model, reconstruct_block
+from reconstruct import (
+    ReconstructionConfig,
+    make_iteration,
+    quantize_model,
+    reconstruct_block,
+)
 
 FAST = dict(bits=2, iterations=20, batch_size=8, end_bits=None)
 
@@ -22,7 +28,8 @@ def layers():
 
 
 @pytest.mark.parametrize("rule, learns", [("adaquant-fixed", False), ("flexround-fixed", False),
-                                          ("adaround-outer", True)])
+                                          ("adaround-outer", True), ("adaquant-relative", True),
+                                          ("adaround-constant", False)])
 def test_what_becomes_of_s1(rule, learns):
     """A column is called fixed or learned, so s1 has to stay or to move. All begin alike."""
     x, (layer, _) = correlated(40, 6), layers()
@@ -46,6 +53,39 @@ def test_the_outer_step_leaves_the_floors_where_they_were():
         q.log_s1.add_(math.log(2.0))
     assert torch.equal(q.codes(W), codes)
     torch.testing.assert_close(q(W).detach(), 2 * W_hat)
+
+
+def test_v_in_units_of_s1_moves_each_layer_by_as_many_steps():
+    """The same V moves a layer's codes alike, however large its weights are."""
+    W = weight((4, 5))
+    V = torch.randn(W.shape, generator=torch.Generator().manual_seed(1), dtype=W.dtype)
+    small, large = (steps.RelativeAdaQuant(c * W, 3).eval() for c in (1.0, 1000.0))
+    for q in (small, large):
+        q.V.data.copy_(V)
+    assert torch.equal(small.codes(W), large.codes(1000 * W))
+    assert not torch.equal(small.codes(W), flexround.RoundToNearest(W, 3).codes(W))
+
+
+def test_a_constant_learning_rate_does_not_fall():
+    """Adam's updates are about as large as its learning rate. So with a constant one the last
+    iteration moves V about as far as the first, and with the cosine hardly at all."""
+    x, moves = correlated(40, 6), {}
+    for name, where in (("cosine", nullcontext()), ("constant", tools.constant_learning_rate())):
+        layer, _ = layers()
+        y = layer(x).detach()
+        config = ReconstructionConfig("adaround-constant", **FAST | {"batch_size": 40}, lr=1e-3)
+        steps.place_quantizers(layer, config, {"": 2}, x, None)
+        q = quantizers(layer)[""]
+        with where:
+            iterate, seen = make_iteration(layer, x, y, config), []
+            for i in range(config.iterations):
+                before = q.V.detach().clone()
+                iterate(i)
+                seen.append(float((q.V.detach() - before).abs().max()))
+        moves[name] = seen
+    assert moves["cosine"][0] == moves["constant"][0]
+    assert moves["constant"][-1] > 0.5 * moves["constant"][0]
+    assert moves["cosine"][-1] < 0.05 * moves["cosine"][0]
 
 
 def test_each_block_keeps_the_start_with_the_least_unseen_loss_and_grids_are_taken():
@@ -84,6 +124,41 @@ def test_a_cell_takes_the_learning_rate_that_the_first_seed_chose():
                 "step": "weights, p = 2"} for seed in (0, 1)]
     assert steps.share(held[0], held + nearest) == pytest.approx(0.5)
     assert math.isnan(steps.share(held[0], held))
+
+
+def test_learning_rates_go_on_until_the_best_is_between_two(monkeypatch, tmp_path):
+    """A best at the edge of what was tried might be anywhere beyond it."""
+    def made(name, row, rule, factor, seed, folder, options):
+        return {"network": name, "step": row, "rule": rule, "factor": factor, "seed": seed,
+                "unseen": [1 + math.log2(factor / 16) ** 2], "score": 1.0, "seconds": 0.0}
+
+    monkeypatch.setattr(steps, "one_run", made)
+    out = tmp_path / "runs.jsonl"
+    steps.make(out, "gpt", ["outputs"], ["adaround", "rtn"], [0, 1], (1, 0.25, 4), {})
+    runs = [(r["rule"], r["factor"], r["seed"]) for r in studies.read_results(out)]
+    assert runs == [("adaround", f, 0) for f in (1, 0.25, 4, 16, 64)] + [("adaround", 16, 1)] + [
+        ("rtn", 1, 0), ("rtn", 1, 1)]
+
+
+def test_a_learned_s1_that_is_not_kept_is_learned_again(monkeypatch, tmp_path):
+    """The file of runs is published and the grids are not. The record does not come twice."""
+    made = []
+
+    def one_run(name, row, rule, factor, seed, folder, options):
+        made.append((row, rule))
+        kept = steps.grids_of(folder, name, steps.TAKEN.get(row, rule), seed)
+        kept.write_bytes(b"") if row == "outputs" else kept.read_bytes()
+        return {"network": name, "step": row, "rule": rule, "factor": factor, "seed": seed,
+                "unseen": [1.0], "score": 1.0, "seconds": 0.0}
+
+    monkeypatch.setattr(steps, "one_run", one_run)
+    out, row = tmp_path / "runs.jsonl", "FlexRound's learned s1"
+    steps.make(out, "gpt", [row], ["adaround"], [0], (1,), {})
+    next((tmp_path / "grids").iterdir()).unlink()
+    steps.make(out, "gpt", [row], ["rtn"], [0], (1,), {})
+    learned = ("outputs", "flexround")
+    assert made == [learned, (row, "adaround"), learned, (row, "rtn")]
+    assert len(studies.read_results(out)) == 3
 
 
 def test_the_page_shows_the_runs():
