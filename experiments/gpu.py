@@ -9,8 +9,8 @@ last. Scores are without TF32, and their iterations are recorded as CUDA graphs.
 """
 
 # On a machine that is lent for fifteen minutes and has no network, these two commands run, the
-# second one directly after the first. M is what is then left, less a half: about 4. With 5 all of
-# its runs end in time. The machine has torch, torchvision, matplotlib, scikit-learn and pytest.
+# second one directly after the first. M is what is then left, less a half: about 4, enough for two
+# of W3's three seeds. The machine has torch, torchvision, matplotlib, scikit-learn and pytest.
 #
 #     python3 -m pip install -q --no-index --no-deps --no-compile --target /tmp/site \
 #         cache/gpu/lite/*.whl; PYTHONPATH=/tmp/site PYTHONUNBUFFERED=1 python3 -m experiments.gpu \
