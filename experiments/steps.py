@@ -166,15 +166,17 @@ def config_of(place: Place, rule: str, factor: float, seed: int) -> Reconstructi
 
 
 def place_quantizers(block: nn.Module, config: ReconstructionConfig, bits: dict[str, int], x,
-                     grids: dict | None) -> None:
-    """Put quantizers on a block: on the grids that we pass, or (None) on those of config.start."""
+                     grids: dict | None) -> dict[str, flexround.RoundToNearest]:
+    """Put quantizers on a block, on the grids that we pass, or (None) on those of config.start.
+    Return them by the name of their layer."""
     if grids is None:
-        flexround.quantize_layers(block, config, bits, x)
-        return
+        return flexround.quantize_layers(block, config, bits, x)
+    made = {}
     for name, layer in flexround.quantizable_layers(block).items():
-        q = METHODS[config.method](layer.weight, bits[name], config.symmetric, config.per_channel,
-                                   grid=grids[name])
-        parametrize.register_parametrization(layer, "weight", q)
+        made[name] = METHODS[config.method](layer.weight, bits[name], config.symmetric,
+                                            config.per_channel, grid=grids[name])
+        parametrize.register_parametrization(layer, "weight", made[name])
+    return made
 
 
 def quantize(blocks, x, unseen, config: ReconstructionConfig, starts: list[dict],
