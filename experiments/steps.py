@@ -87,18 +87,17 @@ class RelativeAdaQuant(flexround.AdaQuant):
         return flexround.Clamp.apply(flexround.Round.apply(moved / self.s1), *self.bounds)
 
 
-class ConstantAdaRound(flexround.AdaRound):
-    """AdaRound whose learning rate does not fall (tools.constant_learning_rate), as in BRECQ."""
-
-
+# Rules whose learning rates do not fall (tools.constant_learning_rate), as AdaRound's in BRECQ.
+CONSTANT = {f"{method}-constant": METHODS[method] for method in ("adaround", "adaquant", "flexround")}
 METHODS |= {"adaquant-fixed": FixedAdaQuant, "flexround-fixed": FixedFlexRound,
-            "adaround-outer": OuterAdaRound, "adaquant-relative": RelativeAdaQuant,
-            "adaround-constant": ConstantAdaRound}
+            "adaround-outer": OuterAdaRound, "adaquant-relative": RelativeAdaQuant, **CONSTANT}
 # The rules that keep s1, and those that learn it. The last of each are what a rival might want.
 FIXED = {"rtn": "round to nearest", "adaround": "AdaRound", "adaquant-fixed": "AdaQuant",
          "flexround-fixed": "FlexRound", "adaround-constant": "AdaRound, constant learning rate"}
 LEARNED = {"adaquant": "AdaQuant", "flexround": "FlexRound", "adaround-outer": "AdaRound, outer s1",
-           "adaquant-relative": "AdaQuant, V in units of s1"}
+           "adaquant-relative": "AdaQuant, V in units of s1",
+           "adaquant-constant": "AdaQuant, constant learning rate",
+           "flexround-constant": "FlexRound, constant learning rate"}
 COMPARED = ("adaround", "adaquant-fixed", "flexround-fixed")         # in explained
 
 
@@ -228,7 +227,7 @@ def one_run(name: str, row: str, rule: str, factor: float, seed: int, folder: Pa
     grids = torch.load(kept) if row in TAKEN else None
     starts = [{}] if row in TAKEN else [STARTS[row]] if row in STARTS else list(STARTS.values())
     began = time.perf_counter()
-    with tools.constant_learning_rate() if rule == "adaround-constant" else nullcontext():
+    with tools.constant_learning_rate() if rule in CONSTANT else nullcontext():
         losses = quantize(task.net.blocks, task.calibration[:count], task.calibration[count:],
                           config, starts, grids)
     seconds = time.perf_counter() - began
