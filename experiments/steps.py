@@ -88,7 +88,8 @@ class RelativeAdaQuant(flexround.AdaQuant):
 
 
 # Rules whose learning rates do not fall (tools.constant_learning_rate), as AdaRound's in BRECQ.
-CONSTANT = {f"{method}-constant": METHODS[method] for method in ("adaround", "adaquant", "flexround")}
+CONSTANT = {f"{method}-constant": METHODS[method]
+            for method in ("adaround", "adaquant", "flexround")}
 METHODS |= {"adaquant-fixed": FixedAdaQuant, "flexround-fixed": FixedFlexRound,
             "adaround-outer": OuterAdaRound, "adaquant-relative": RelativeAdaQuant, **CONSTANT}
 # The rules that keep s1, and those that learn it. The last of each are what a rival might want.
