@@ -118,21 +118,22 @@ LEARNED = ("adaquant", "flexround")                                  # they lear
 
 def draw_steps(ax, held: list[dict], network: str) -> list:
     """The share of the loss that remains against the way in which s1 is set, a line for each rule.
-    Return the lines of the rules that keep s1."""
+    Return the lines of the rules that keep s1. AdaRound with a constant learning rate is dotted."""
     ways = [way for way in WAYS if steps.cell_of(held, network, way, "adaround")]
     lines = []
-    for rule in (*RULES, *LEARNED):
-        method, points = rule.removesuffix("-fixed"), {}
+    for rule in (*RULES, "adaround-constant", *LEARNED):
+        method, points = rule.partition("-")[0], {}
         for i, way in enumerate(ways):
             shares = [steps.share(r, held) for r in steps.cell_of(held, network, way, rule)]
             if shares:                                               # one for each seed
                 points[i] = statistics.median(shares)
-        kept = rule in RULES
+        kept = rule not in LEARNED
+        style = ":" if rule == "adaround-constant" else "-" if kept else "none"
         line, = ax.plot(points.keys(), points.values(), color=COLOUR[method], linewidth=2,
-                        linestyle="-" if kept else "none", marker=MARKER[method], markersize=8,
+                        linestyle=style, marker=MARKER[method], markersize=8,
                         markerfacecolor=COLOUR[method] if kept else "white", markeredgewidth=2,
                         label=NAME[method])
-        lines += [line] if kept else []
+        lines += [line] if rule in RULES else []
     ax.set(yscale="log", xlim=(-0.3, len(ways) - 0.7))
     ax.set_xticks(range(len(ways)), [WAYS[way] for way in ways])
     ax.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
@@ -154,7 +155,7 @@ def steps_picture(held: list[dict] | None = None) -> plt.Figure:
     row[0, 0].set_ylabel("share of round to\nnearest's loss that remains")
     label_ends(row[0, -1], lines)
     figure.supxlabel("how $s_1$ is set (filled: the rule keeps it, hollow: the rule learns it from "
-                     "there)", fontsize=11)
+                     "there, dotted: constant learning rate)", fontsize=11)
     return figure
 
 

@@ -99,7 +99,9 @@ LEARNED = {"adaquant": "AdaQuant", "flexround": "FlexRound", "adaround-outer": "
            "adaquant-relative": "AdaQuant, V in units of s1",
            "adaquant-constant": "AdaQuant, constant learning rate",
            "flexround-constant": "FlexRound, constant learning rate"}
-COMPARED = ("adaround", "adaquant-fixed", "flexround-fixed")         # in explained
+# In explained: with the cosine for all, and with AdaRound's constant learning rate.
+COMPARED = ("adaround", "adaquant-fixed", "flexround-fixed")
+COMPARED_CONSTANT = ("adaround-constant", *COMPARED[1:])
 
 
 # ---- How s1 is set -------------------------------------------------------------------------------
@@ -342,22 +344,22 @@ def part_of_table(held: list[dict], name: str, names: dict[str, str], what: str)
     return "\n".join(lines) if rules else ""
 
 
-def explained(held: list[dict], name: str, rows=ROWS) -> str:
-    """How much of the variance of the learned, fixed-step cells the step explains, how much the
-    rule, and how much neither alone (two-way analysis of variance of the median log share). The
+def explained(held: list[dict], name: str, rows=ROWS, rules=COMPARED) -> str:
+    """How much of the variance of the cells of some rules that keep s1 the step explains, how much
+    the rule, and how much neither alone (two-way analysis of variance of the median log share). The
     row BEST is left out: each rule has another s1 there."""
     rows = [row for row in rows
-            if row != BEST and all(cell_of(held, name, row, rule) for rule in COMPARED)]
+            if row != BEST and all(cell_of(held, name, row, rule) for rule in rules)]
     if len(rows) < 2:
-        return f"{name}: too few rows with all rules to say what the step explains"
+        return f"{name}: too few rows with {', '.join(rules)} to say what the step explains"
     cells = np.array([[statistics.median(math.log(share(r, held)) for r in
-                                         cell_of(held, name, row, rule)) for rule in COMPARED]
+                                         cell_of(held, name, row, rule)) for rule in rules]
                       for row in rows])
-    step = len(COMPARED) * ((cells.mean(1) - cells.mean()) ** 2).sum()
+    step = len(rules) * ((cells.mean(1) - cells.mean()) ** 2).sum()
     rule = len(rows) * ((cells.mean(0) - cells.mean()) ** 2).sum()
     total = ((cells - cells.mean()) ** 2).sum()
     return (f"{name}: of the variance of the logarithm of what remains, over {len(rows)} steps and "
-            f"{len(COMPARED)} rules with s1 fixed, the step explains {step / total:.0%}, the rule "
+            f"the rules {', '.join(rules)}, the step explains {step / total:.0%}, the rule "
             f"{rule / total:.0%}, neither alone {1 - (step + rule) / total:.0%}")
 
 
@@ -378,7 +380,9 @@ def main(arguments=None) -> None:
              {"data": args.data})
     held = studies.read_results(args.out or HERE)
     for name in dict.fromkeys(r["network"] for r in held):
-        print(table(held, name), "\n\n" + explained(held, name, args.step) + "\n")
+        print(table(held, name) + "\n")
+        for rules in (COMPARED, COMPARED_CONSTANT):
+            print(explained(held, name, args.step, rules) + "\n")
 
 
 if __name__ == "__main__":

@@ -126,6 +126,23 @@ def test_a_cell_takes_the_learning_rate_that_the_first_seed_chose():
     assert math.isnan(steps.share(held[0], held))
 
 
+@pytest.mark.parametrize("of_step, of_rule, shares", [
+    ((1, 2, 4), (1, 1, 1), (100, 0)), ((1, 1, 1), (1, 2, 4), (0, 100)),
+    ((1, 2, 4), (1, 4, 16), (20, 80))])
+def test_what_the_step_explains(of_step, of_rule, shares):
+    """Where a share is a product of one factor of the step and one of the rule, nothing else is
+    left. An effect on the logarithm that is twice as large explains four times as much."""
+    held = [{"network": "n", "step": "weights, p = 2", "rule": "rtn", "factor": 1, "seed": 0,
+             "unseen": [1.0]}]
+    for row, a in zip(steps.STARTS, of_step, strict=False):
+        for rule, b in zip(steps.COMPARED, of_rule, strict=True):
+            held.append(held[0] | {"step": row, "rule": rule, "unseen": [0.01 * a * b]})
+        held.append(held[-1] | {"step": steps.BEST, "unseen": [1e-9]})    # it does not count
+    said = steps.explained(held, "n")
+    assert f"step explains {shares[0]}%, the rule {shares[1]}%, neither alone 0%" in said
+    assert "too few rows" in steps.explained(held, "n", rules=steps.COMPARED_CONSTANT)
+
+
 def test_learning_rates_go_on_until_the_best_is_between_two(monkeypatch, tmp_path):
     """A best at the edge of what was tried might be anywhere beyond it."""
     def made(name, row, rule, factor, seed, folder, options):
