@@ -43,7 +43,7 @@ How we differ from the paper and from the authors' code, and why
   iterations and the batches. The learning rates, and what only one method has, are each method's
   own, and we searched all of them. The paper uses BRECQ's settings for AdaRound and AdaQuant.
   (BRECQ's AdaRound has a constant learning rate. On the small GPT that is better for it, on the
-  CNNs it is not: experiments/RESULTS.md, steps.)
+  rescaled ResNet it is not: experiments/RESULTS.md, steps.)
 - Adam descends the loss divided by the loss before learning: see make_iteration.
 - The paper states neither the loss's reduction nor a schedule of the learning rate. We follow the
   authors' code. But it always sums over dim 1, which for a GPT is the tokens: see block_loss.

@@ -108,7 +108,7 @@ COMPARED_CONSTANT = ("adaround-constant", *COMPARED[1:])
 
 STARTS = {"weights, p = 0.5": {"p": 0.5}, "weights, p = 1": {"p": 1.0},
           "weights, p = 2": {"p": 2.0}, "outputs": {"start": "outputs"}}
-BEST = "best of these four"              # for each block the start with the least unseen loss
+BEST = "best for each block"                # for each block the start with the least unseen loss
 TAKEN = {"FlexRound's learned s1": "flexround", "AdaQuant's learned s1": "adaquant"}
 ROWS = (*STARTS, BEST, *TAKEN)
 
@@ -313,6 +313,13 @@ def share(record: dict, held: list[dict]) -> float:
     return math.exp(statistics.mean(logs))
 
 
+def median_share(runs: list[dict], held: list[dict]) -> float:
+    """The median share of the seeds that round to nearest has run with, too. nan if there is none.
+    """
+    shares = [share(r, held) for r in runs]
+    return statistics.median([s for s in shares if not math.isnan(s)] or [math.nan])
+
+
 def table(held: list[dict], name: str) -> str:
     """The two-way table of a network in Markdown: first the rules that keep s1, then those that
     learn it. A cell is the median score of the seeds, and in brackets their range and the median
@@ -337,7 +344,7 @@ def part_of_table(held: list[dict], name: str, names: dict[str, str], what: str)
                 continue
             scores = [r["score"] for r in runs]
             spread = f"{min(scores):.2f} to {max(scores):.2f}; " if len(runs) > 1 else ""
-            left = statistics.median(share(r, held) for r in runs)
+            left = median_share(runs, held)
             cells.append(f"{statistics.median(scores):.2f} ({spread}{left:.2f})")
         if any(cells):
             lines.append(f"| {row} | " + " | ".join(cells) + " |")
@@ -352,9 +359,8 @@ def explained(held: list[dict], name: str, rows=ROWS, rules=COMPARED) -> str:
             if row != BEST and all(cell_of(held, name, row, rule) for rule in rules)]
     if len(rows) < 2:
         return f"{name}: too few rows with {', '.join(rules)} to say what the step explains"
-    cells = np.array([[statistics.median(math.log(share(r, held)) for r in
-                                         cell_of(held, name, row, rule)) for rule in rules]
-                      for row in rows])
+    cells = np.log([[median_share(cell_of(held, name, row, rule), held) for rule in rules]
+                    for row in rows])
     step = len(rules) * ((cells.mean(1) - cells.mean()) ** 2).sum()
     rule = len(rows) * ((cells.mean(0) - cells.mean()) ** 2).sum()
     total = ((cells - cells.mean()) ** 2).sum()

@@ -124,6 +124,7 @@ def test_a_cell_takes_the_learning_rate_that_the_first_seed_chose():
                 "step": "weights, p = 2"} for seed in (0, 1)]
     assert steps.share(held[0], held + nearest) == pytest.approx(0.5)
     assert math.isnan(steps.share(held[0], held))
+    assert steps.median_share([run(1, 5, [1.0, 1.0], 1.0), held[0]], held + nearest) == 0.5
 
 
 @pytest.mark.parametrize("of_step, of_rule, shares", [
