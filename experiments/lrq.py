@@ -1,7 +1,6 @@
-"""LRQ (arXiv:2407.11534), the rule that FlexRound's authors published next, for the study samples.
+"""LRQ (arXiv:2407.11534), the rule that FlexRound's authors published next.
 
-It is the example of a rule of one's own that README names.
-
+It is README's example of a rule of your own. The study samples in RESULTS.md has its scores.
 
     python -m experiments.lrq
 """
