@@ -150,6 +150,14 @@ def test_the_readmes_links_and_flags_are_there_and_ci_runs_its_commands():
         assert re.search(f"^{line}{after}$", README, re.M)
 
 
+def test_no_page_has_a_blank_that_nobody_filled():
+    """XXX stood in a page once, in the place of a number that was still running."""
+    pages = [ROOT / "README.md", *(ROOT / "experiments").glob("*.md")]
+    assert len(pages) >= 5
+    for page in pages:
+        assert not re.search(r"XXX|TODO|STEP\d|RULE\d", page.read_text(encoding="utf-8")), page
+
+
 # ---- 3. The notebook -----------------------------------------------------------------------------
 
 NOTEBOOK = (ROOT / "demo.ipynb").read_text(encoding="utf-8")
