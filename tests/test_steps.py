@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import flexround
+import models
 from experiments import steps, studies, tools
 from flexround import quantizers
 from helpers import ROOT, correlated, weight
@@ -88,6 +89,22 @@ def test_a_constant_learning_rate_does_not_fall():
     assert moves["cosine"][-1] < 0.05 * moves["cosine"][0]
 
 
+@pytest.mark.parametrize("rule", ["adaround", "adaround-constant", "flexround-constant"])
+def test_a_run_has_the_schedule_that_its_column_names(monkeypatch, tmp_path, rule):
+    """The two columns differ in this alone."""
+    def quantize(*args):
+        seen.append(torch.optim.Adam)
+        return [1.0]
+
+    seen, x = [], torch.zeros(2, 1)
+    net = models.Blocks(nn.Linear(1, 1))
+    task = models.Task(net, x, lambda net: 1.0, 1, "accuracy")
+    monkeypatch.setattr(studies, "load", lambda *args, **options: task)
+    monkeypatch.setattr(steps, "quantize", quantize)
+    steps.one_run("gpt", "outputs", rule, 1, 0, tmp_path, {})
+    assert (seen == [tools.ConstantAdam]) == rule.endswith("constant")
+
+
 def test_each_block_keeps_the_start_with_the_least_unseen_loss_and_grids_are_taken():
     """One start in a list of one is the driver's own loop. Of two, no block gets the worse one."""
     x, config = correlated(48, 6), ReconstructionConfig("flexround", **FAST)
@@ -109,6 +126,18 @@ def test_each_block_keeps_the_start_with_the_least_unseen_loss_and_grids_are_tak
     for block, own in zip(blocks, grids, strict=True):
         for name, q in quantizers(block).items():
             assert torch.equal(q.log_s1, own[name][0])
+
+
+def test_a_grid_that_is_taken_keeps_its_kind():
+    """An asymmetric grid with one s1 a channel has other codes than a symmetric one of a layer."""
+    one, other = nn.Linear(6, 5), nn.Linear(6, 5)
+    other.load_state_dict(one.state_dict())
+    config = ReconstructionConfig("rtn", symmetric=False, per_channel=True, **FAST)
+    q, = steps.place_quantizers(one, config, {"": 2}, None, None).values()
+    taken, = steps.place_quantizers(other, config, {"": 2}, None,
+                                    {"": (q.log_s1, q.zero_point)}).values()
+    assert (taken.symmetric, taken.per_channel) == (False, True)
+    assert torch.equal(other.weight, one.weight)
 
 
 def test_a_cell_takes_the_learning_rate_that_the_first_seed_chose():
@@ -138,7 +167,8 @@ def test_what_the_step_explains(of_step, of_rule, shares):
     for row, a in zip(steps.STARTS, of_step, strict=False):
         for rule, b in zip(steps.COMPARED, of_rule, strict=True):
             held.append(held[0] | {"step": row, "rule": rule, "unseen": [0.01 * a * b]})
-        held.append(held[-1] | {"step": steps.BEST, "unseen": [1e-9]})    # it does not count
+    for rule in steps.COMPARED:                                      # it does not count
+        held.append(held[0] | {"step": steps.BEST, "rule": rule, "unseen": [1e-9]})
     said = steps.explained(held, "n")
     assert f"step explains {shares[0]}%, the rule {shares[1]}%, neither alone 0%" in said
     assert "too few rows" in steps.explained(held, "n", rules=steps.COMPARED_CONSTANT)
