@@ -174,6 +174,16 @@ def test_what_the_step_explains(of_step, of_rule, shares):
     assert "too few rows" in steps.explained(held, "n", rules=steps.COMPARED_CONSTANT)
 
 
+@pytest.mark.parametrize("rule", [rule for rule in steps.FIXED | steps.LEARNED if rule != "rtn"])
+@pytest.mark.parametrize("name", steps.PLACES)
+def test_a_factor_multiplies_one_learning_rate(name, rule):
+    """Else several columns of a search would be the same run."""
+    one, four = (steps.config_of(steps.PLACES[name], rule, factor, 0) for factor in (1, 4))
+    moved = [key for key in ("lr", "s1_lr") if getattr(one, key) != getattr(four, key)]
+    assert len(moved) == 1
+    assert getattr(four, moved[0]) == pytest.approx(4 * getattr(one, moved[0]))
+
+
 def test_learning_rates_go_on_until_the_best_is_between_two(monkeypatch, tmp_path):
     """A best at the edge of what was tried might be anywhere beyond it."""
     def made(name, row, rule, factor, seed, folder, options):
