@@ -99,7 +99,7 @@ def placed(method: str, learned: list[dict]):
 
     def place(block, config, bits, x):
         if method in TAKE:
-            grids = {name: (q.log_s1.detach(), q.zero_point) for name, q in next(before).items()}
+            grids = steps.grids_in(next(before))
             made.append(steps.place_quantizers(block, config, bits, x, grids))
         else:
             made.append(plain(block, config, bits, x))
@@ -295,7 +295,7 @@ def main(arguments=None) -> None:
     flags = argparse.ArgumentParser(prog="python -m experiments.gpu", description=(
         "Measure what only a GPU can tell, and write each result as it comes."))
     add = flags.add_argument
-    add("--out", required=True, metavar="FOLDER", help="for gpu.json, logs, the executed notebook")
+    add("--out", required=True, metavar="FOLDER", help="for gpu.json, runs.jsonl and tests.log")
     add("--part", nargs="+", default=list(PARTS), choices=PARTS, help="in this order. Default: all")
     add("--images", help="folder of ImageNet's images, as for the study lite0")
     add("--minutes", type=float, default=9, help="of all parts together")

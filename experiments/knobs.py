@@ -128,8 +128,7 @@ def left(record: dict, held: list[dict]) -> float:
     geometric mean over the blocks."""
     nearest, = [r for r in held if r["place"] == record["place"] and r["method"] == "rtn"
                 and r["settings"] == PAPER]
-    logs = [math.log(a / b) for a, b in zip(record["unseen"], nearest["unseen"], strict=True)]
-    return math.exp(sum(logs) / len(logs))
+    return tools.mean_ratio(record["unseen"], nearest["unseen"])
 
 
 def best(held: list[dict], place: str, method: str, parts=("grid",)) -> dict:

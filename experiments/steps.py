@@ -212,6 +212,11 @@ def quantize(blocks, x, unseen, config: ReconstructionConfig, starts: list[dict]
 
 # ---- One cell ------------------------------------------------------------------------------------
 
+def grids_in(found: dict[str, flexround.RoundToNearest]) -> dict[str, tuple]:
+    """The grids of quantizers by the name of their layer, as place_quantizers takes them."""
+    return {name: (q.log_s1.detach(), q.zero_point) for name, q in found.items()}
+
+
 def grids_of(folder: Path, name: str, rule: str, seed: int) -> Path:
     """The file of the s1 that a rule has learned."""
     return folder / f"{name.replace(' ', '-')}-{rule}-{seed}.pt"
@@ -237,9 +242,7 @@ def one_run(name: str, row: str, rule: str, factor: float, seed: int, folder: Pa
     with parametrize.cached():                                       # quantize each weight once
         score = task.score(task.net)
     if rule in TAKEN.values() and row == place.start and factor == 1:
-        torch.save([{layer: (q.log_s1.detach(), q.zero_point)
-                     for layer, q in flexround.quantizers(block).items()}
-                    for block in task.net.blocks], kept)
+        torch.save([grids_in(flexround.quantizers(block)) for block in task.net.blocks], kept)
     right = getattr(task.score, "right", None)                       # of each input
     return {"network": name, "step": row, "rule": rule, "factor": factor, "seed": seed,
             "bits": config.bits, "lr": config.lr, "s1_lr": config.s1_lr,
@@ -309,8 +312,7 @@ def share(record: dict, held: list[dict]) -> float:
                (record["network"], "weights, p = 2", "rtn", record["seed"])]
     if not nearest:
         return math.nan
-    logs = [math.log(a / b) for a, b in zip(record["unseen"], nearest[0]["unseen"], strict=True)]
-    return math.exp(statistics.mean(logs))
+    return tools.mean_ratio(record["unseen"], nearest[0]["unseen"])
 
 
 def median_share(runs: list[dict], held: list[dict]) -> float:

@@ -76,17 +76,17 @@ class Run(NamedTuple):
 
 # ---- The studies, as data ------------------------------------------------------------------------
 
-def grid(networks: str, methods: dict, bits=(3, 2), seeds=(0, 1, 2), spreads=(1,), split="test",
+def grid(networks: str, methods: dict, bits=(3, 2), seeds=(0, 1, 2), split="test",
          sgd=False, samples=None, equal=False, **settings) -> list[Run]:
     """A run for each combination. methods: for each method a list of its settings."""
     runs = []
-    for network, spread, b in product(networks.split(), spreads, bits):
+    for network, b in product(networks.split(), bits):
         batch_size = min(BATCHES.get(network, 32), samples or 32)
         for method, some in methods.items():
             for own, seed in product(some, seeds):
                 config = ReconstructionConfig(method, b, seed=seed, batch_size=batch_size,
                                               **(settings | own))
-                runs.append(Run(network, config, spread, split, sgd, samples, equal))
+                runs.append(Run(network, config, 1, split, sgd, samples, equal))
     return runs
 
 
@@ -408,7 +408,7 @@ def left(record: dict, nearest: dict, kind: str) -> float:
     "unseen"): the geometric mean over the blocks. Smaller is better, 1 is no gain."""
     ours, theirs = (np.array(r["losses"][kind]) for r in (record, nearest))
     known = theirs > 0                                               # embeddings have none
-    return float(np.exp(np.log(ours[known] / theirs[known]).mean()))
+    return tools.mean_ratio(ours[known], theirs[known])
 
 
 def by_place(records: list[dict]) -> dict:

@@ -1,5 +1,6 @@
 """What only experiments need: how far weights moved, unequal channels, rules and optimizers of no
 paper, and how much memory a run took."""
+import math
 import sys
 from contextlib import contextmanager
 from unittest import mock
@@ -65,6 +66,12 @@ def block_losses(net: models.Blocks, net_hat: models.Blocks, x: Tensor, batch_si
             x_fp, x_q = block(x_fp.clone()), block_hat(x_q.clone())  # a block may work in place
             totals[i] += len(batch) * reconstruct.block_loss(x_q, x_fp).cpu()
     return (totals / len(x)).tolist()
+
+
+def mean_ratio(ours, theirs) -> float:
+    """The geometric mean over the blocks of our losses divided by theirs."""
+    logs = [math.log(a / b) for a, b in zip(ours, theirs, strict=True)]
+    return math.exp(sum(logs) / len(logs))
 
 
 class Watched(flexround.FlexRound):

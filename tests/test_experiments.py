@@ -108,8 +108,9 @@ def test_a_study_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
     for r in first:                                                  # the driver's loss, another
         assert r["losses"]["calibration"][-1] == pytest.approx(r["loss"], rel=1e-3)
         assert r["losses"]["unseen"][-1] != pytest.approx(r["loss"], rel=1e-3)
-    monkeypatch.setitem(studies.STUDIES, "tiny", runs + studies.grid(
-        "resnet", {"adaquant": [{"lr": 1e-2}]}, [3], [0, 1], spreads=[4], sgd=True, iterations=2))
+    unequal = [run._replace(spread=4) for run in studies.grid(
+        "resnet", {"adaquant": [{"lr": 1e-2}]}, [3], [0, 1], sgd=True, iterations=2)]
+    monkeypatch.setitem(studies.STUDIES, "tiny", runs + unequal)
     studies.main(["tiny", "--out", str(out)])
     said = capsys.readouterr().out
     assert f"taken from {out}: 2 runs of 4" in said and "2 of 2: resnet, channels x 4" in said

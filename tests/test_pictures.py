@@ -85,8 +85,7 @@ def test_a_rule_can_round_with_the_s1_that_another_rule_has_learned():
     config = ReconstructionConfig("flexround", 3, iterations=4, batch_size=8, end_bits=None)
     one, other = list(copy.deepcopy(net)), list(copy.deepcopy(net))
     steps.quantize(one, x[:16], x[16:], config, [{"start": "outputs"}], None)
-    grids = [{layer: (q.log_s1.detach(), q.zero_point) for layer, q in quantizers(block).items()}
-             for block in one]
+    grids = [steps.grids_in(quantizers(block)) for block in one]
     losses = steps.quantize(other, x[:16], x[16:], replace(config, method="adaround"), [{}], grids)
     assert len(losses) == 2 and all(loss > 0 for loss in losses)
     for block, grid in zip(other, grids, strict=True):

@@ -118,8 +118,7 @@ def test_each_block_keeps_the_start_with_the_least_unseen_loss_and_grids_are_tak
             quantize_model(whole, x[:32], config)
             for mine, theirs in zip(blocks, whole, strict=True):
                 assert torch.equal(mine(x), theirs(x))
-            grids = [{n: (q.log_s1.detach(), q.zero_point) for n, q in quantizers(b).items()}
-                     for b in blocks]
+            grids = [steps.grids_in(quantizers(block)) for block in blocks]
     assert found["both"][0] == min(found["p2"][0], found["p05"][0])
     blocks = layers()
     steps.quantize(blocks, x[:32], x[32:], ReconstructionConfig("adaround", **FAST), [{}], grids)
